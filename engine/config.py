@@ -1,0 +1,31 @@
+"""What an engine process is told at start. A plain leaf: the front end builds it from flags, the engine never parses any."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    model: str  # local directory (config.json + safetensors) or .gguf file; hub ids are resolved before this
+    dtype: DType = "auto"
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    max_model_len: int | None = None  # None: the model's own limit, cut to what the KV pool can hold
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    block_size: int = 16  # tokens
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None  # None: by --gpu-memory-utilization on a GPU, a share of RAM on a CPU
+    enable_prefix_caching: bool = True
+    tensor_parallel_size: int = 1
+    seed: int = 0
+    drafters: list[str] = ["prediction", "ngram"]
+    verifier: str = "match"
+    policy: str = "fixed"  # fixed | off
+    budget: int = 8  # draft nodes per sequence and step under `fixed`
+    num_threads: int | None = None  # None: all cores this process may use
+    load_format: Literal["auto", "native", "transformers"] = "auto"  # transformers: force the fallback models
+    check_integrity: bool = False  # verify the block pool after every step (tests)

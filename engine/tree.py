@@ -1,0 +1,123 @@
+"""Draft trees of a batch, flattened, and the verdict on them.
+
+Node 0 of every tree is its root: the last committed token. Row i of the model's output is "what comes after node i", so
+plain decoding is a forest of roots. Nodes are in topological order: a parent comes before its children.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int = NDArray[np.int32]
+
+
+@dataclass(slots=True)
+class DraftForest:
+    """B trees with N nodes in all, roots included.
+
+    token [N], parent [N] (index inside the own tree, -1 for the root), depth [N] (root 0), start [B+1] (tree b owns nodes
+    start[b]:start[b+1]); drafter [B] names who drafted the tree ("" for a bare root).
+    """
+
+    token: Int
+    parent: Int
+    depth: Int
+    start: Int
+    drafter: list[str] = field(default_factory=list)
+
+    @property
+    def num_trees(self) -> int:
+        return len(self.start) - 1
+
+    @property
+    def num_nodes(self) -> int:
+        return int(self.start[-1])
+
+    @property
+    def num_drafts(self) -> int:
+        return self.num_nodes - self.num_trees
+
+    def size(self, tree: int) -> int:
+        """Nodes of one tree, the root included."""
+        return int(self.start[tree + 1] - self.start[tree])
+
+    def nodes(self, tree: int) -> slice:
+        return slice(int(self.start[tree]), int(self.start[tree + 1]))
+
+    @property
+    def is_chains(self) -> bool:
+        """True when no tree branches: every node's parent is the node before it."""
+        return bool((self.parent == self.depth - 1).all())
+
+    def ancestors(self, tree: int) -> NDArray[np.bool_]:
+        """anc[i, j]: node j is i or an ancestor of i. Shape [n, n], lower triangular."""
+        parent = self.parent[self.nodes(tree)]
+        anc = np.eye(len(parent), dtype=bool)
+        for i in range(1, len(parent)):
+            anc[i] |= anc[parent[i]]
+        return anc
+
+    def path(self, tree: int, node: int) -> list[int]:
+        """Token ids from the root's child down to `node` (local index); empty for the root."""
+        first = int(self.start[tree])
+        tokens: list[int] = []
+        while node > 0:
+            tokens.append(int(self.token[first + node]))
+            node = int(self.parent[first + node])
+        return tokens[::-1]
+
+    @classmethod
+    def from_chains(cls, roots: Sequence[int], chains: Iterable[Sequence[int]], drafter: Sequence[str] | None = None) -> DraftForest:
+        """A forest of chains: tree b is roots[b] followed by chains[b]."""
+        token: list[int] = []
+        depth: list[int] = []
+        start = [0]
+        names: list[str] = []
+        for b, (root, chain) in enumerate(zip(roots, chains, strict=True)):
+            token.append(root)
+            token.extend(chain)
+            depth.extend(range(len(chain) + 1))
+            start.append(len(token))
+            names.append(drafter[b] if drafter is not None and chain else "")
+        depth_array = np.array(depth, dtype=np.int32)
+        return cls(np.array(token, dtype=np.int32), depth_array - 1, depth_array, np.array(start, dtype=np.int32), names)
+
+    @classmethod
+    def roots(cls, tokens: Sequence[int]) -> DraftForest:
+        return cls.from_chains(tokens, [()] * len(tokens))
+
+    @classmethod
+    def from_parents(cls, trees: Sequence[tuple[Sequence[int], Sequence[int]]], drafter: Sequence[str] | None = None) -> DraftForest:
+        """General trees as (tokens, parents) per tree, node 0 the root with parent -1.
+
+        Raises ValueError when a parent does not come before its child.
+        """
+        token = np.array([t for tokens, _ in trees for t in tokens], dtype=np.int32)
+        parent = np.array([p for _, parents in trees for p in parents], dtype=np.int32)
+        start = np.cumsum([0] + [len(tokens) for tokens, _ in trees], dtype=np.int32)
+        depth = np.zeros(len(token), dtype=np.int32)
+        for first, last in zip(start[:-1], start[1:], strict=True):
+            if parent[first] != -1:
+                raise ValueError("node 0 of a draft tree is its root and has parent -1")
+            for i in range(first + 1, last):
+                if not 0 <= parent[i] < i - first:
+                    raise ValueError("a draft node's parent must come before it")
+                depth[i] = depth[first + parent[i]] + 1
+        names = [d if len(t[0]) > 1 else "" for d, t in zip(drafter or [""] * len(trees), trees, strict=True)]
+        return cls(token, parent, depth, start, names)
+
+
+@dataclass(slots=True)
+class Verdict:
+    """The accepted path of each tree and the bonus token.
+
+    nodes[b]: local indices of the accepted nodes, root excluded, ascending; tokens[b]: their tokens and then the bonus,
+    so len(tokens[b]) == len(nodes[b]) + 1.
+    """
+
+    nodes: list[list[int]]
+    tokens: list[list[int]]
