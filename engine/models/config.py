@@ -1,0 +1,256 @@
+"""What a model is, in numbers: read from a Hugging Face config.json. A leaf: no torch, no file access, no weights.
+
+The Llama family is one decoder with flags; this says which flags. `unsupported` says why the native decoder cannot run a
+model, in words for the person who started the server; such a model goes through engine/models/fallback.py instead.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+_FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+# What transformers' config classes assume where config.json is silent.
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
+}
+# The same number under the names other families give it.
+_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_HEADS = ("num_attention_heads", "n_head", "n_heads")
+_INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+_LENGTH = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+_ROPE_NUMBERS: dict[str, tuple[str, ...]] = {  # required keys
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_ROPE_OPTIONS = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
+
+
+class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """A causal language model's shape and flags. Sizes in elements, lengths in tokens."""
+
+    architecture: str  # llama | mistral | qwen2 | qwen3, or the model type of anything else
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int  # 0 where the config of another architecture does not say
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None  # {"rope_type": linear | llama3 | yarn, its numbers}; None = plain rotary
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False  # on the query, key and value projections
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head's query and key, before the rotation
+    sliding_window: int | None = None  # every layer sees the last `sliding_window` tokens, its own included
+    hidden_act: str = "silu"
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+    dtype: str = "float32"  # of the stored weights: bfloat16 | float16 | float32
+    unsupported: str | None = None
+
+    @property
+    def supported(self) -> bool:
+        """Whether the native decoder runs this model."""
+        return self.unsupported is None
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any], generation_config: dict[str, Any] | None = None) -> ModelConfig:
+        """Read the contents of config.json (written by transformers 4 or 5) and generation_config.json.
+
+        Raises ValueError naming the key when a number is missing, of the wrong type or out of range.
+        """
+        text = config.get("text_config")
+        if isinstance(text, dict):
+            config = {**config, **text}
+        architecture = _architecture(config)
+        get = _Reader(config, _DEFAULTS.get(architecture, {}))
+        heads, hidden = get.integer(_HEADS), get.integer(_HIDDEN)
+        native = architecture in _DEFAULTS
+        bias = get.flag("attention_bias")
+        length = get.integer(_LENGTH, None if native else 2048)
+        theta, scaling, rope_problem = _rope(get, length)
+        window, window_problem = _window(get, architecture)
+        act = get.text("hidden_act", "silu")
+        vocab = get.integer(("vocab_size",))
+        generation = generation_config or {}
+        made = cls(
+            architecture=architecture,
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=get.integer(_INNER, None if native else 0, low=0),
+            num_layers=get.integer(_LAYERS),
+            num_heads=heads,
+            num_kv_heads=get.integer(("num_key_value_heads",), heads),
+            head_dim=get.integer(("head_dim",), max(hidden // heads, 1)),
+            rms_norm_eps=get.number("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            max_position_embeddings=length,
+            tie_word_embeddings=get.flag("tie_word_embeddings", not native),
+            attention_bias=bias if architecture in ("llama", "qwen3") else architecture == "qwen2",
+            attention_out_bias=bias and architecture in ("llama", "qwen3"),
+            mlp_bias=get.flag("mlp_bias") and architecture == "llama",
+            qk_norm=architecture == "qwen3",
+            sliding_window=window,
+            hidden_act="silu" if act == "swish" else act,
+            eos_token_ids=_token_ids(generation, "eos_token_id", vocab) or _token_ids(config, "eos_token_id", vocab),
+            bos_token_id=next(iter(_token_ids(config, "bos_token_id", vocab)), None),
+            dtype=_dtype(config),
+        )
+        problem = _quantized(config) or _foreign(made) or rope_problem or window_problem
+        return msgspec.structs.replace(made, unsupported=problem)
+
+
+def check_shape(config: ModelConfig) -> str | None:
+    """Why these numbers cannot be a decoder of the Llama family, or None."""
+    if config.num_heads % config.num_kv_heads:
+        return f"{config.num_heads} attention heads do not divide by {config.num_kv_heads} key-value heads"
+    if config.head_dim % 2:
+        return f"head_dim {config.head_dim} is odd; rotary embeddings need pairs"
+    if config.hidden_act != "silu":
+        return f"the activation {config.hidden_act!r} is not silu"
+    return None
+
+
+def _foreign(config: ModelConfig) -> str | None:
+    if config.architecture not in _DEFAULTS:
+        return f"the architecture {config.architecture!r} is not of the Llama family"
+    return check_shape(config)
+
+
+def _architecture(config: dict[str, Any]) -> str:
+    kind = config.get("model_type")
+    names = config.get("architectures") or []
+    if isinstance(names, list) and names and isinstance(names[0], str):
+        return _FAMILIES.get(names[0], kind if isinstance(kind, str) and kind not in _DEFAULTS else names[0])
+    if not isinstance(kind, str) or not kind:
+        raise ValueError("config.json names neither `architectures` nor `model_type`: it is not a Hugging Face model config")
+    return kind
+
+
+def _rope(get: _Reader, length: int) -> tuple[float, dict[str, Any] | None, str | None]:
+    """Base, scaling and what is wrong with them. transformers 5 writes `rope_parameters`, transformers 4 two keys."""
+    given = get.values.get("rope_parameters") or get.values.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"config.json: the rotary parameters must be an object, got {given!r}")
+    theta = _Reader({"rope_theta": given.get("rope_theta", get.values.get("rope_theta"))}).number("rope_theta", 10000.0)
+    kind = given.get("rope_type", given.get("type", "default"))
+    partial = given.get("partial_rotary_factor", get.values.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        return theta, None, f"rotary embeddings over a part of each head ({partial})"
+    if kind == "default":
+        return theta, None, "rotary parameters per layer type" if any(isinstance(v, dict) for v in given.values()) else None
+    if kind not in _ROPE_NUMBERS:
+        return theta, None, f"rotary scaling of type {kind!r}"
+    scaling = {"rope_type": kind, **{key: given[key] for key in _ROPE_OPTIONS.get(kind, ()) if given.get(key) is not None}}
+    if "original_max_position_embeddings" in _ROPE_NUMBERS[kind]:
+        original = get.integer(("original_max_position_embeddings",), length)
+        given = {**given, "original_max_position_embeddings": given.get("original_max_position_embeddings") or original}
+    for key in _ROPE_NUMBERS[kind]:
+        scaling[key] = _Reader(given).number(key)
+    return theta, scaling, None
+
+
+def _window(get: _Reader, architecture: str) -> tuple[int | None, str | None]:
+    """The sliding window that all layers share, or what is wrong: a pattern of layers with and without one."""
+    if architecture not in _DEFAULTS or architecture == "llama":
+        return None, None
+    if architecture != "mistral" and not get.flag("use_sliding_window"):
+        return None, None
+    if "sliding_window" in get.values and get.values["sliding_window"] is None:
+        return None, None
+    window = get.integer(("sliding_window",))
+    layers = get.values.get("layer_types")
+    if layers is None and architecture == "mistral":
+        return window, None
+    if layers is None:
+        count, first = get.integer(_LAYERS), get.integer(("max_window_layers",), 28, low=0)
+        layers = ["sliding_attention" if layer >= first else "full_attention" for layer in range(count)]
+    kinds = set(layers)
+    if kinds == {"full_attention"}:
+        return None, None
+    if kinds == {"sliding_attention"}:
+        return window, None
+    return None, "layers of different kinds: " + ", ".join(sorted(map(str, kinds)))
+
+
+def _quantized(config: dict[str, Any]) -> str | None:
+    quantization = config.get("quantization_config")
+    if not quantization:
+        return None
+    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+    return f"quantized weights ({method})"
+
+
+def _token_ids(config: dict[str, Any], key: str, vocab_size: int) -> tuple[int, ...]:
+    """Ids of a special token. Those outside the vocabulary are dropped: the model can never emit them."""
+    value = config.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
+        raise ValueError(f"config.json: {key} must be a token id or a list of them, got {value!r}")
+    return tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab_size))
+
+
+def _dtype(config: dict[str, Any]) -> str:
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    if name not in ("bfloat16", "float16", "float32"):
+        raise ValueError(f"config.json: dtype {name!r} is not one of bfloat16, float16, float32")
+    return str(name)
+
+
+class _Reader:
+    """Typed, range-checked access to a JSON object. `defaults` stand in for absent keys, not for null."""
+
+    def __init__(self, values: dict[str, Any], defaults: dict[str, int] | None = None) -> None:
+        self.values = values
+        self.defaults = defaults or {}
+
+    def integer(self, keys: tuple[str, ...], default: int | None = None, low: int = 1) -> int:
+        found = next((key for key in keys if key in self.values), keys[0])
+        value = self.values.get(found, self.defaults.get(found))
+        if value is None:
+            value = default
+        if value is None:
+            raise ValueError(f"config.json lacks {keys[0]}")
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
+            raise ValueError(f"config.json: {found} must be an integer of at least {low}, got {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise ValueError(f"config.json lacks {key}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+            raise ValueError(f"config.json: {key} must be a positive number, got {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ValueError(f"config.json: {key} must be true or false, got {value!r}")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        value = self.values.get(key)
+        return value if isinstance(value, str) else default
