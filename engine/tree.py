@@ -50,8 +50,9 @@ class DraftForest:
 
     @property
     def is_chains(self) -> bool:
-        """True when no tree branches: every node's parent is the node before it."""
-        return bool((self.parent == self.depth - 1).all())
+        """True when no tree branches: every node lies one below the node before it."""
+        first = np.repeat(self.start[:-1], np.diff(self.start))
+        return bool((self.depth == np.arange(self.num_nodes) - first).all())
 
     def ancestors(self, tree: int) -> NDArray[np.bool_]:
         """anc[i, j]: node j is i or an ancestor of i. Shape [n, n], lower triangular."""

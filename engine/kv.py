@@ -1,0 +1,50 @@
+"""The KV cache's memory on one rank. Which block belongs to whom is the scheduler's business (engine/blocks.py)."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.sequence import Sequence
+from engine.tree import DraftForest, Verdict
+from kernels import reference
+
+
+class KVCache:
+    """kv [layers, blocks, 2, kv heads, block size, head size]; see kernels/reference.py for why this layout."""
+
+    def __init__(
+        self, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        # Zeroed, not empty: masked keys of a half-filled block are multiplied by a zero weight, and 0 * NaN is NaN.
+        # On a CPU the zero pages cost no memory until they are written.
+        self.kv = torch.zeros(num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim, dtype=dtype, device=device)
+        self.layers = list(self.kv.unbind(0))
+
+    @staticmethod
+    def bytes_per_block(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
+        return num_layers * 2 * num_kv_heads * block_size * head_dim * dtype.itemsize
+
+    def slot(self, seq: Sequence, position: int) -> int:
+        return seq.block_ids[position // self.block_size] * self.block_size + position % self.block_size
+
+    def commit(self, seqs: list[Sequence], roots: list[int], forest: DraftForest, verdict: Verdict) -> None:
+        """Pack the accepted path of each tree behind its root. `roots` [trees]: the root's position in its sequence.
+
+        A chain is in place already; only a branched tree's path has to move. Rejected nodes are undone by not advancing.
+        """
+        source: list[int] = []
+        target: list[int] = []
+        for seq, root, nodes in zip(seqs, roots, verdict.nodes, strict=True):
+            for depth, node in enumerate(nodes, start=1):
+                if node != depth:
+                    source.append(self.slot(seq, root + node))
+                    target.append(self.slot(seq, root + depth))
+        if source:
+            device = self.kv.device
+            reference.commit_kv(self.kv, torch.tensor(source, device=device), torch.tensor(target, device=device))
+
+    def clear(self, blocks: list[int]) -> None:
+        """Zero blocks whose contents are not finite, so that their next owner's masked keys are harmless."""
+        self.kv[:, blocks] = 0

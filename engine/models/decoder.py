@@ -1,0 +1,145 @@
+"""The Llama family (Llama, Mistral, Qwen2, Qwen3, SmolLM, ...) as one decoder with flags: a flat list of layers.
+
+It is not a torch.nn.Module: weights are packed while they stream in, so that one copy is resident at a time. Attention is
+passed in, so the same model runs with any backend, and two models run side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from engine.models.config import ModelConfig
+from engine.models.layers import Linear, RotaryTable
+from kernels.reference import rms_norm, rope_, silu_mul
+
+# attend(layer, q [T, H, D], new [T, 2, K, D], scale) -> [T, H * D]: stores the keys and values, then attends.
+Attend = Callable[[int, Tensor, Tensor, float], Tensor]
+
+
+class DecoderLayer:
+    """One block: norm, fused QKV, rotary, attention, output; norm, fused gate and up, down."""
+
+    def __init__(self, index: int, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+        self.index = index
+        self.eps = config.rms_norm_eps
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.input_norm = weights["input_layernorm.weight"]
+        self.post_norm = weights["post_attention_layernorm.weight"]
+        self.q_norm = weights.get("self_attn.q_norm.weight")
+        self.k_norm = weights.get("self_attn.k_norm.weight")
+        self.qkv = _fused(weights, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
+        self.out = _fused(weights, ["self_attn.o_proj"])
+        self.gate_up = _fused(weights, ["mlp.gate_proj", "mlp.up_proj"])
+        self.down = _fused(weights, ["mlp.down_proj"])
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """x [T, C] -> [T, C]; cos, sin [T, 1, D]."""
+        rows, size = x.shape[0], self.head_dim
+        heads = self.num_heads + self.num_kv_heads
+        qkv = self.qkv(rms_norm(x, self.input_norm, self.eps))
+        qk = qkv[:, : heads * size].view(rows, heads, size)
+        if self.q_norm is not None and self.k_norm is not None:
+            qk[:, : self.num_heads] = rms_norm(qk[:, : self.num_heads], self.q_norm, self.eps)
+            qk[:, self.num_heads :] = rms_norm(qk[:, self.num_heads :], self.k_norm, self.eps)
+        rope_(qk, cos, sin)
+        new = qkv[:, self.num_heads * size :].view(rows, 2, self.num_kv_heads, size)
+        x = self.out.add_to(attend(self.index, qk[:, : self.num_heads], new, self.scale), x)
+        return self.down.add_to(silu_mul(self.gate_up(rms_norm(x, self.post_norm, self.eps))), x)
+
+
+class Decoder:
+    """Token ids -> hidden states -> logits. Raises ValueError when a weight is missing."""
+
+    def __init__(self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.weight_bytes = 0
+        self.layers: list[DecoderLayer] = []
+        self._load(weights)
+        inv_freq, attention_scaling = rotary_frequencies(config)
+        self.rotary = RotaryTable(inv_freq, attention_scaling, config.max_position_embeddings, dtype, device)
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attend: Attend, hidden_layers: tuple[int, ...] = ()
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """token_ids, positions [T] -> last hidden states [T, C] (before the final norm), and those after the named layers."""
+        cos, sin = self.rotary.at(positions)
+        x = self.embedding.index_select(0, token_ids)
+        hidden: dict[int, Tensor] = {}
+        for layer in self.layers:
+            x = layer(x, cos, sin, attend)
+            if layer.index in hidden_layers:
+                hidden[layer.index] = x
+        return x, hidden
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Hidden states [R, C] -> logits [R, V] in the model's dtype."""
+        return self.head(rms_norm(x, self.norm, self.config.rms_norm_eps))
+
+    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Pack every layer as soon as its last tensor has arrived."""
+        config = self.config
+        pending: dict[int, dict[str, Tensor]] = {}
+        layers: dict[int, DecoderLayer] = {}
+        expected = _layer_tensors(config)
+        head: Tensor | None = None
+        for name, tensor in weights:
+            weight = tensor.to(device=self.device, dtype=self.dtype)
+            self.weight_bytes += weight.numel() * weight.dtype.itemsize
+            if name == "model.embed_tokens.weight":
+                self.embedding = weight
+            elif name == "model.norm.weight":
+                self.norm = weight
+            elif name == "lm_head.weight":
+                head = weight
+            else:
+                index, part = name.removeprefix("model.layers.").split(".", 1)
+                parts = pending.setdefault(int(index), {})
+                parts[part] = weight
+                if len(parts) == expected:
+                    layers[int(index)] = DecoderLayer(int(index), config, pending.pop(int(index)))
+        if pending or len(layers) != config.num_layers:
+            raise ValueError(f"the checkpoint's layers are incomplete: {sorted(set(range(config.num_layers)) - set(layers))}")
+        self.layers = [layers[i] for i in range(config.num_layers)]
+        self.head = Linear(self.embedding if head is None else head)
+
+
+def _fused(weights: dict[str, Tensor], names: list[str]) -> Linear:
+    """One linear whose output is the concatenation of several; their plain weights are dropped from `weights`."""
+    parts = [weights.pop(f"{name}.weight") for name in names]
+    biases = [weights.pop(f"{name}.bias", None) for name in names]
+    present = [b for b in biases if b is not None]
+    if present and len(present) != len(names):
+        raise ValueError(f"only some of {names} have a bias")
+    return Linear(torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(present) if present else None)
+
+
+def _layer_tensors(config: ModelConfig) -> int:
+    """Tensors per layer: 7 linears, 2 norms, and what the flags add."""
+    return 9 + 3 * config.attention_bias + config.attention_out_bias + 3 * config.mlp_bias + 2 * config.qk_norm
+
+
+def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies [D / 2] and the attention scaling; scaled variants come from transformers' own functions."""
+    scaling = config.rope_scaling
+    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
+    if kind == "default":
+        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+        return 1.0 / (config.rope_theta**exponents), 1.0
+    # Imported here: transformers costs most of a second and only scaled rotary embeddings need it.
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    hf = LlamaConfig(
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_theta=config.rope_theta,
+        rope_scaling={**(scaling or {}), "rope_theta": config.rope_theta},
+    )
+    inv_freq, attention_scaling = ROPE_INIT_FUNCTIONS[kind](hf, torch.device("cpu"))
+    return inv_freq, float(attention_scaling)

