@@ -72,6 +72,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     load_seconds: float
+    eos_ids: list[int] = []  # ids that end a sequence, from the model's own generation settings
 
 
 class EngineStats(msgspec.Struct, kw_only=True):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
+from engine.messages import EngineInfo
 from engine.plan import StepPlan, StepResult
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
@@ -97,7 +98,9 @@ class Policy(Protocol):
 
 
 class Executor(Protocol):
-    """Runs a step on every rank."""
+    """Runs a step on every rank. `execute` gives one RowResult per row of the plan, in the plan's order."""
+
+    info: EngineInfo
 
     def execute(self, plan: StepPlan) -> StepResult: ...
 
