@@ -9,6 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from tests import models
+
 # Before anything can import torch. One thread: at two threads on two busy cores torch is many times slower than at one.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
@@ -16,10 +20,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "torch" in sys.modules:
     sys.modules["torch"].set_num_threads(1)
-
-import pytest
-
-from tests import models
 
 LOOPBACK = ("127.", "::1", "localhost")
 

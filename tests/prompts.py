@@ -58,13 +58,12 @@ MATH = [
 EXTRACTION = [
     "List the people named in this text as a JSON array.\n\nOn Monday Maria Lopez met Dr. Chen in Lisbon; Tom joined by phone.",
     "Extract the total and the date.\n\nInvoice 8841, 12 May 2023. Paper 14.20, ink 31.00, delivery 4.90. Total 50.10.",
-    "Is the mood of this review good or bad? Answer with one word.\n\nThe soup was cold, but the waiter was so kind that we stayed.",
-    "Summarise in one sentence.\n\nThe library will close at noon on Friday so that the heating can be repaired. Books due on"
-    " Friday may be returned on Saturday without a fee.",
+    "Is the mood of this review good or bad? Answer with one word.\n\nThe soup was cold, but the waiter so kind that we stayed.",
+    "Summarise in one sentence.\n\nThe library closes at noon on Friday for repairs; books due then may come back on Monday.",
     "Which of these are fruits? carrot, plum, spinach, pear, onion, quince",
     "Write these as a table with the columns name and age: Ida is 31, Omar is 28, and Lin turned 45 last week.",
     "Give a title to this text.\n\nBees find their way home by the sun, and on cloudy days by the pattern of polarised light.",
-    "Which city does the sender live in?\n\nDear all, since I moved from Oslo to Porto last year I have not had one cold morning.",
+    "Which city does the sender live in?\n\nDear all, since I moved from Oslo to Porto last year I have had no cold morning.",
 ]
 
 LANGUAGES = [
@@ -96,7 +95,7 @@ _NOTE = (
     "The workshop starts at nine in the main hall. Please bring a laptop and a charger. Lunch is served at half past twelve in"
     " the garden, and the last session ends at five. Parking is free behind the building."
 )
-_CLASS = '''class Stack:
+_CLASS = """class Stack:
     def __init__(self):
         self.items = []
 
@@ -110,7 +109,7 @@ _CLASS = '''class Stack:
 
     def __len__(self):
         return len(self.items)
-'''
+"""
 _JSON = """{
   "name": "harbour-lights",
   "version": "1.4.2",
