@@ -35,6 +35,7 @@ _ROPE_NUMBERS: dict[str, tuple[str, ...]] = {  # required keys
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor", "original_max_position_embeddings"),
 }
+MAX_LAYERS = 4096  # a damaged file must not make us count to two billion
 _ROPE_OPTIONS = {"yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")}
 
 
@@ -95,7 +96,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             vocab_size=vocab,
             hidden_size=hidden,
             intermediate_size=get.integer(_INNER, None if native else 0, low=0),
-            num_layers=get.integer(_LAYERS),
+            num_layers=get.integer(_LAYERS, high=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=get.integer(("num_key_value_heads",), heads),
             head_dim=get.integer(("head_dim",), max(hidden // heads, 1)),
@@ -181,7 +182,7 @@ def _window(get: _Reader, architecture: str) -> tuple[int | None, str | None]:
     if layers is None and architecture == "mistral":
         return window, None
     if layers is None:
-        count, first = get.integer(_LAYERS), get.integer(("max_window_layers",), 28, low=0)
+        count, first = get.integer(_LAYERS, high=MAX_LAYERS), get.integer(("max_window_layers",), 28, low=0)
         layers = ["sliding_attention" if layer >= first else "full_attention" for layer in range(count)]
     kinds = set(layers)
     if kinds == {"full_attention"}:
@@ -222,15 +223,15 @@ class _Reader:
         self.values = values
         self.defaults = defaults or {}
 
-    def integer(self, keys: tuple[str, ...], default: int | None = None, low: int = 1) -> int:
+    def integer(self, keys: tuple[str, ...], default: int | None = None, low: int = 1, high: int = 2**31 - 1) -> int:
         found = next((key for key in keys if key in self.values), keys[0])
         value = self.values.get(found, self.defaults.get(found))
         if value is None:
             value = default
         if value is None:
             raise ValueError(f"config.json lacks {keys[0]}")
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
-            raise ValueError(f"config.json: {found} must be an integer of at least {low}, got {value!r}")
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            raise ValueError(f"config.json: {found} must be an integer between {low} and {high}, got {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
