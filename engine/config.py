@@ -22,7 +22,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
     seed: int = 0
-    drafters: list[str] = ["prediction", "ngram"]
+    drafters: list[str] = msgspec.field(default_factory=lambda: ["prediction", "ngram"])
     verifier: str = "match"
     policy: str = "fixed"  # fixed | off
     budget: int = 8  # draft nodes per sequence and step under `fixed`
