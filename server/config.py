@@ -1,0 +1,205 @@
+"""What the operator asked for: one model read from flags > environment OUTRIDER_* > YAML (--config) > defaults.
+
+A name is the same everywhere: the flag `--max-model-len` is `OUTRIDER_MAX_MODEL_LEN` and `max_model_len:` (or
+`max-model-len:`). Flag names follow `vllm serve`. A setting that does not exist is an error, never ignored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from engine.config import EngineConfig
+
+ENV_PREFIX = "OUTRIDER_"
+_ENGINE = EngineConfig(model="")  # its defaults are ours
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message is one line that names it."""
+
+
+def _split(value: object) -> object:
+    """`a,b` -> [a, b]; a list stays, its own entries split too (a flag may be repeated)."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, list) and all(isinstance(part, str) for part in value):
+        return [name for part in value for name in _split(part)]  # type: ignore[attr-defined]  # _split(str) is a list
+    return value
+
+
+Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+
+
+class ServerConfig(BaseSettings):
+    """Every setting of `outrider serve`. A field's description is its --help text."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", env_ignore_empty=True, frozen=True)
+
+    model: str | None = Field(None, description="Hugging Face directory, .gguf file or hub id (default: the packaged SmolLM2)")
+
+    # HTTP
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 opens the server to the network")
+    port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
+    api_key: Names = Field([], repr=False, description="key that clients must send; may be repeated")
+    served_model_name: str | None = Field(None, min_length=1, description="the model's name in the API")
+    max_body_bytes: int = Field(16 << 20, ge=1024, description="largest request body; larger ones get 413")
+    max_queue: int = Field(256, ge=1, description="most requests in the server at once; further ones get 429")
+    request_timeout: float | None = Field(None, gt=0, description="seconds a request may take before it ends with an error")
+    shutdown_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish after SIGTERM")
+    cors_allow_origins: Names = Field([], description="origins that browsers may call from (comma list; default: none)")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe messages to log")
+    config: Path | None = Field(None, description="YAML file of these settings")
+
+    # model and memory
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(_ENGINE.dtype, description="type of weights and KV cache")
+    device: str = Field(_ENGINE.device, pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    max_model_len: int | None = Field(_ENGINE.max_model_len, ge=1, description="longest context, prompt and answer (tokens)")
+    max_num_seqs: int = Field(_ENGINE.max_num_seqs, ge=1, description="most sequences in one step")
+    max_num_batched_tokens: int = Field(_ENGINE.max_num_batched_tokens, ge=1, description="most tokens in one step")
+    block_size: int = Field(_ENGINE.block_size, ge=1, le=1024, description="tokens per KV block")
+    gpu_memory_utilization: float = Field(_ENGINE.gpu_memory_utilization, gt=0, le=1, description="share of the GPU's memory")
+    kv_cache_memory_bytes: int | None = Field(_ENGINE.kv_cache_memory_bytes, ge=1, description="size of the KV cache")
+    enable_prefix_caching: bool = Field(_ENGINE.enable_prefix_caching, description="reuse the KV of equal prompt beginnings")
+    tensor_parallel_size: int = Field(_ENGINE.tensor_parallel_size, ge=1, description="number of GPUs (only 1 today)")
+    num_threads: int | None = Field(_ENGINE.num_threads, ge=1, description="CPU threads of the engine (default: all cores)")
+    load_format: Literal["auto", "native", "transformers"] = Field(
+        _ENGINE.load_format, description="transformers: run the model through transformers' own code"
+    )
+    seed: int = Field(_ENGINE.seed, ge=0, lt=1 << 64, description="seed of the engine")
+    watchdog_timeout: float = Field(120.0, gt=0, description="seconds without a sign of life until the engine is restarted")
+
+    # speculation
+    drafters: Names = Field(_ENGINE.drafters, description="comma list, in order of preference; `none` for none")
+    verifier: str = Field(_ENGINE.verifier, min_length=1, description="how drafts are judged")
+    policy: Literal["off", "fixed"] = Field(_ENGINE.policy, validate_default=True, description="how far ahead to guess")
+    budget: int = Field(_ENGINE.budget, ge=0, description="draft nodes per sequence and step under --policy fixed")
+
+    @field_validator("tensor_parallel_size")
+    @classmethod
+    def _one_rank(cls, value: int) -> int:
+        if value != 1:
+            raise ValueError("only 1 is supported")
+        return value
+
+    @field_validator("drafters")
+    @classmethod
+    def _at_least_one(cls, value: list[str]) -> list[str]:
+        return value or ["none"]
+
+    def engine_config(self, model_path: str) -> EngineConfig:
+        """What the engine process is told, for the model that `model` resolved to."""
+        own = type(self).model_fields.keys()
+        shared = [name for name in EngineConfig.__struct_fields__ if name in own and name != "model"]
+        return EngineConfig(model=model_path, **{name: getattr(self, name) for name in shared})
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        flags: dict[str, Any] = init_settings()
+        path = flags.get("config") or env_settings().get("config")
+        return init_settings, env_settings, InitSettingsSource(settings_cls, read_yaml(path) if path else {})
+
+
+def flag(name: str) -> str:
+    return "model" if name == "model" else "--" + name.replace("_", "-")
+
+
+def _close(name: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The settings in one YAML file. Raises ConfigError when it cannot be read or holds a setting that does not exist."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: {' '.join(str(error).split())}") from None
+    if data is None:
+        return {}
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"--config {path}: expected a mapping of settings")
+    known = [name for name in ServerConfig.model_fields if name != "config"]
+    settings = {str(key).replace("-", "_"): value for key, value in data.items()}
+    for name in settings:
+        if name not in known:
+            raise ConfigError(f"--config {path}: unknown setting {name}{_close(name, known)}")
+    return settings
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag per field. Flags that were not given stay absent, so that the other sources can speak."""
+    for name, field in ServerConfig.model_fields.items():
+        options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
+        if name == "model":
+            parser.add_argument("model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=options["help"])
+        elif field.annotation is bool:
+            parser.add_argument(flag(name), action=argparse.BooleanOptionalAction, **options)
+        elif name == "api_key":
+            parser.add_argument(flag(name), action="append", metavar="KEY", **options)
+        else:
+            parser.add_argument(flag(name), metavar=name.rsplit("_", 1)[-1].upper(), **options)
+
+
+def _help(field: FieldInfo) -> str:
+    default = ",".join(field.default) if isinstance(field.default, list) else field.default
+    shown = "" if default in (None, "") else f" (default: {default})"
+    return f"{field.description}{shown}".replace("%", "%%")
+
+
+def parse(argv: Sequence[str], prog: str = "outrider serve") -> ServerConfig:
+    """The settings from command line, environment and YAML. Raises ConfigError; --help prints and exits."""
+    parser = _Parser(prog=prog, description="Serve a model over the OpenAI API.", allow_abbrev=False)
+    add_flags(parser)
+    flags, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        name = unknown[0].split("=")[0]
+        raise ConfigError(f"unknown argument {name}{_close(name, [flag(n) for n in ServerConfig.model_fields])}")
+    _check_environment()
+    try:
+        return ServerConfig(**vars(flags))
+    except ValidationError as error:
+        raise ConfigError(_first(error)) from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first complaint in one line that names the flag."""
+    detail = error.errors(include_url=False)[0]
+    name = str(detail["loc"][0]) if detail["loc"] else "configuration"
+    given = "" if name == "api_key" else f" (got {detail['input']!r})"  # a key is never printed
+    return f"{flag(name)}: {detail['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _check_environment() -> None:
+    """Warn about near misses: OUTRIDER_* variables may be meant for others, so an unknown one is no error.
+
+    Kubernetes gives every pod `OUTRIDER_PORT=tcp://...` when a Service is called "outrider"; that is not our port.
+    """
+    if os.environ.get(ENV_PREFIX + "PORT", "").startswith(("tcp://", "udp://")):
+        del os.environ[ENV_PREFIX + "PORT"]
+    known = [ENV_PREFIX + name.upper() for name in ServerConfig.model_fields]
+    for name in os.environ:
+        if name.startswith(ENV_PREFIX) and name not in known and (close := _close(name, known)):
+            sys.stderr.write(f"outrider: the environment variable {name} is no setting{close}\n")
