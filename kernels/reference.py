@@ -18,15 +18,8 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., C] / sqrt(mean(x^2) + eps) * weight [C]; the norm in float32, the result in x's dtype.
-
-    Written with vector_norm and hypot: sqrt(|x|^2 + C * eps) = hypot(|x|, sqrt(C * eps)). Four small operators instead of
-    the eight that F.rms_norm runs on a CPU: 4.6 us against 9.6 us for one row of 576.
-    """
-    size = x.shape[-1]
-    norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=torch.float32)
-    scale = math.sqrt(size) / torch.sqrt_(norm.square_().add_(size * eps))
-    return (x * scale).to(x.dtype) * weight if x.dtype != torch.float32 else x * scale * weight
+    """x [..., C] / sqrt(mean(x^2) + eps) * weight [C]; computed in float32, rounded once, to x's dtype."""
+    return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
 
 
 def rope_(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

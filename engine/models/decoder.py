@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
-from engine.models.layers import Linear, RotaryTable
-from kernels.reference import rms_norm, rope_, silu_mul
+from engine.models.layers import Linear, RMSNorm, RotaryTable
+from kernels.reference import rope_, silu_mul
 
 # attend(layer, q [T, H, D], new [T, 2, K, D], scale) -> [T, H * D]: stores the keys and values, then attends.
 Attend = Callable[[int, Tensor, Tensor, float], Tensor]
@@ -24,13 +24,14 @@ class DecoderLayer:
 
     def __init__(self, index: int, config: ModelConfig, weights: dict[str, Tensor]) -> None:
         self.index = index
-        self.eps = config.rms_norm_eps
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.scale = config.head_dim**-0.5
-        self.input_norm = weights["input_layernorm.weight"]
-        self.post_norm = weights["post_attention_layernorm.weight"]
-        self.q_norm = weights.get("self_attn.q_norm.weight")
-        self.k_norm = weights.get("self_attn.k_norm.weight")
+        self.input_norm = RMSNorm(weights["input_layernorm.weight"], config.rms_norm_eps)
+        self.post_norm = RMSNorm(weights["post_attention_layernorm.weight"], config.rms_norm_eps)
+        self.q_norm = self.k_norm = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(weights["self_attn.q_norm.weight"], config.rms_norm_eps)
+            self.k_norm = RMSNorm(weights["self_attn.k_norm.weight"], config.rms_norm_eps)
         self.qkv = _fused(weights, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
         self.out = _fused(weights, ["self_attn.o_proj"])
         self.gate_up = _fused(weights, ["mlp.gate_proj", "mlp.up_proj"])
@@ -40,15 +41,15 @@ class DecoderLayer:
         """x [T, C] -> [T, C]; cos, sin [T, 1, D]."""
         rows, size = x.shape[0], self.head_dim
         heads = self.num_heads + self.num_kv_heads
-        qkv = self.qkv(rms_norm(x, self.input_norm, self.eps))
+        qkv = self.qkv(self.input_norm(x))
         qk = qkv[:, : heads * size].view(rows, heads, size)
         if self.q_norm is not None and self.k_norm is not None:
-            qk[:, : self.num_heads] = rms_norm(qk[:, : self.num_heads], self.q_norm, self.eps)
-            qk[:, self.num_heads :] = rms_norm(qk[:, self.num_heads :], self.k_norm, self.eps)
+            qk[:, : self.num_heads] = self.q_norm(qk[:, : self.num_heads])
+            qk[:, self.num_heads :] = self.k_norm(qk[:, self.num_heads :])
         rope_(qk, cos, sin)
         new = qkv[:, self.num_heads * size :].view(rows, 2, self.num_kv_heads, size)
         x = self.out.add_to(attend(self.index, qk[:, : self.num_heads], new, self.scale), x)
-        return self.down.add_to(silu_mul(self.gate_up(rms_norm(x, self.post_norm, self.eps))), x)
+        return self.down.add_to(silu_mul(self.gate_up(self.post_norm(x))), x)
 
 
 class Decoder:
@@ -77,7 +78,7 @@ class Decoder:
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states [R, C] -> logits [R, V] in the model's dtype."""
-        return self.head(rms_norm(x, self.norm, self.config.rms_norm_eps))
+        return self.head(self.norm(x))
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Pack every layer as soon as its last tensor has arrived."""
@@ -92,7 +93,7 @@ class Decoder:
             if name == "model.embed_tokens.weight":
                 self.embedding = weight
             elif name == "model.norm.weight":
-                self.norm = weight
+                self.norm = RMSNorm(weight, config.rms_norm_eps)
             elif name == "lm_head.weight":
                 head = weight
             else:

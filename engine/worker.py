@@ -1,0 +1,199 @@
+"""What each rank does in a step: draft, forward, target law, verify, commit. It decides nothing about time or arrival."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from engine import registry
+from engine.attention.reference import ReferenceAttention
+from engine.config import EngineConfig
+from engine.drafting import Drafting
+from engine.kv import KVCache
+from engine.logprobs import token_logprobs
+from engine.memory import MemoryPlan, plan_memory
+from engine.messages import EngineInfo, TokenLogprobs
+from engine.models.batch import ForwardBatch
+from engine.models.factory import load_model
+from engine.models.loader import load_config
+from engine.models.runner import ModelRunner
+from engine.plan import Row, RowResult, StepPlan, StepResult, StepTimes
+from engine.protocols import Observed
+from engine.sequence import Sequence
+from engine.target_law import TargetLaw
+from engine.tree import DraftForest, Verdict
+
+PROMPT_LOGPROB_ROWS = 128  # prompt rows whose logits are held at once: 128 * 150k * 4 B = 77 MB
+NOT_FINITE = "the model produced logits that are not finite for this request"
+
+
+class Worker:
+    """One rank: the model, its KV cache, the drafter and the verifier, and a mirror of every running sequence.
+
+    Raises ValueError or OSError with a message fit for the command line when the model cannot be loaded.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        started = time.perf_counter()
+        self.config = config
+        self.device = torch.device(_device(config.device))
+        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        torch.set_grad_enabled(False)
+        self.model_config = load_config(config.model)
+        dtype = _dtype(config.dtype, self.model_config.dtype)
+        drafters = [registry.make_drafter(name) for name in config.drafters]
+        self.verifier = registry.make_verifier(config.verifier)
+        registry.check_pairing(drafters, self.verifier)
+        model = load_model(config, self.model_config, dtype, self.device)
+        self.memory: MemoryPlan = plan_memory(config, self.model_config, model.weight_bytes, dtype, self.device)
+        shape = self.model_config
+        self.kv = KVCache(
+            shape.num_layers, self.memory.num_blocks, shape.num_kv_heads, config.block_size, shape.head_dim, dtype, self.device
+        )
+        attention = ReferenceAttention(
+            shape.num_heads, shape.num_kv_heads, shape.head_dim, config.block_size, dtype, shape.sliding_window
+        )
+        self.runner = ModelRunner(model, self.kv, attention)
+        self.eos_ids = frozenset(shape.eos_token_ids)
+        self.target_law = TargetLaw(shape.vocab_size, self.eos_ids, self.device)
+        self.drafting = Drafting(drafters, shape.vocab_size)
+        self.seqs: dict[int, Sequence] = {}
+        self.info = EngineInfo(
+            model=config.model,
+            architecture=shape.architecture,
+            vocab_size=shape.vocab_size,
+            max_model_len=self.memory.max_model_len,
+            dtype=str(dtype).removeprefix("torch."),
+            device=str(self.device),
+            backend=attention.name,
+            drafters=[d.name for d in drafters],
+            verifier=self.verifier.name,
+            lossless=self.verifier.lossless,
+            policy=config.policy,
+            budget=config.budget,
+            weight_bytes=self.memory.weight_bytes,
+            kv_bytes=self.memory.kv_bytes,
+            num_blocks=self.memory.num_blocks,
+            block_size=config.block_size,
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            load_seconds=time.perf_counter() - started,
+        )
+
+    @torch.inference_mode()
+    def step(self, plan: StepPlan) -> StepResult:
+        """Run one plan. A row that goes wrong on its own (NaN logits) comes back with `error`; the others go on."""
+        clock = [time.perf_counter()]
+        seqs = self._apply(plan)
+        judged = [i for i, (seq, row) in enumerate(zip(seqs, plan.rows, strict=True)) if row.num_new == seq.num_uncomputed]
+        trees = [-1] * len(seqs)
+        for tree, i in enumerate(judged):
+            trees[i] = tree
+        tree_seqs = [seqs[i] for i in judged]
+        forest = self.drafting.draft(tree_seqs, [plan.rows[i].budget for i in judged])
+        clock.append(time.perf_counter())
+
+        batch = ForwardBatch.build(seqs, plan.rows, forest, trees, self.config.block_size, self.device)
+        needs = self.drafting.needs
+        hidden, layers = self.runner.forward(batch, needs.hidden_layers)
+        logits = self.runner.node_logits(hidden, batch)
+        clock.append(time.perf_counter())
+
+        scores = self.target_law(logits, tree_seqs, forest)
+        clock.append(time.perf_counter())
+        verdict = self.verifier.verify(forest, scores, tree_seqs)
+        clock.append(time.perf_counter())
+
+        roots = [plan.rows[i].num_computed + plan.rows[i].num_new - 1 for i in judged]
+        self.kv.commit(tree_seqs, roots, forest, verdict)
+        self.drafting.observe(tree_seqs, forest, verdict, self._signals(logits, layers, scores))
+        results = self._results(plan, seqs, trees, forest, verdict, logits)
+        self._prompt_logprobs(plan, seqs, batch, hidden, results)
+        self._commit(seqs, plan.rows, results)
+        clock.append(time.perf_counter())
+        times = StepTimes(*[after - before for before, after in zip(clock[:-1], clock[1:], strict=True)])
+        return StepResult(results, times, batch.num_tokens, self.drafting.take_fallbacks())
+
+    def close(self) -> None:
+        self.seqs.clear()
+
+    def _apply(self, plan: StepPlan) -> list[Sequence]:
+        """Bring the mirror up to the plan; returns the plan's sequences in row order."""
+        for seq_id in plan.removed:
+            if self.seqs.pop(seq_id, None) is not None:
+                self.drafting.forget(seq_id)
+        for new in plan.new:
+            self.seqs[new.seq_id] = Sequence(new.seq_id, new.request, new.sample_index, self.eos_ids)
+        seqs = [self.seqs[row.seq_id] for row in plan.rows]
+        for seq, row in zip(seqs, plan.rows, strict=True):
+            if row.reset:
+                seq.block_ids = list(row.block_ids)
+            else:
+                seq.block_ids.extend(row.block_ids)
+            seq.num_computed = row.num_computed
+        return seqs
+
+    def _signals(self, logits: torch.Tensor, layers: dict[int, torch.Tensor], scores: torch.Tensor) -> Observed:
+        needs = self.drafting.needs
+        observed = Observed(hidden=layers)
+        if needs.top_k:
+            observed.top_logits, observed.top_ids = torch.topk(logits, needs.top_k, dim=-1)
+        if needs.probabilities:
+            observed.probabilities = torch.softmax(scores.float(), -1)
+        return observed
+
+    def _results(
+        self, plan: StepPlan, seqs: list[Sequence], trees: list[int], forest: DraftForest, verdict: Verdict, logits: torch.Tensor
+    ) -> list[RowResult]:
+        results = []
+        for seq, row, tree in zip(seqs, plan.rows, trees, strict=True):
+            if tree < 0:
+                results.append(RowResult(row.seq_id, []))
+                continue
+            tokens = verdict.tokens[tree]
+            result = RowResult(row.seq_id, tokens, forest.size(tree) - 1, forest.drafter[tree])
+            if not tokens:
+                result.error = NOT_FINITE
+                self.kv.clear(seq.block_ids)
+            elif seq.params.logprobs is not None:
+                first = int(forest.start[tree])
+                rows = logits[[first, *(first + node for node in verdict.nodes[tree])]]
+                result.logprobs = token_logprobs(rows, tokens, seq.params.logprobs)
+            results.append(result)
+        return results
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, seqs: list[Sequence], batch: ForwardBatch, hidden: torch.Tensor, results: list[RowResult]
+    ) -> None:
+        """Logprobs of the prompt tokens that follow the fed prompt rows, for the requests that ask for them."""
+        for seq, row, first, result in zip(seqs, plan.rows, batch.first_rows, results, strict=True):
+            top = seq.params.prompt_logprobs
+            last = min(row.num_computed + row.num_new, seq.num_prompt - 1)  # the row of the last prompt token predicts output
+            if top is None or row.num_computed >= last:
+                continue
+            found: list[TokenLogprobs] = []
+            for begin in range(row.num_computed, last, PROMPT_LOGPROB_ROWS):
+                end = min(begin + PROMPT_LOGPROB_ROWS, last)
+                rows = torch.arange(first + begin - row.num_computed, first + end - row.num_computed, device=self.device)
+                found += token_logprobs(self.runner.logits(hidden, rows), seq.tokens[begin + 1 : end + 1], top)
+            result.prompt_logprobs = found
+
+    def _commit(self, seqs: list[Sequence], rows: list[Row], results: list[RowResult]) -> None:
+        """Advance the mirror exactly as the scheduler will."""
+        for seq, row, result in zip(seqs, rows, results, strict=True):
+            seq.num_computed = row.num_computed + row.num_new + result.num_accepted
+            seq.commit(result.token_ids)
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _dtype(wanted: str, stored: str) -> torch.dtype:
+    """`auto` keeps the checkpoint's own 16-bit type, and makes bfloat16 of everything else."""
+    name = wanted if wanted != "auto" else (stored if stored in ("bfloat16", "float16") else "bfloat16")
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
