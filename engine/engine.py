@@ -1,0 +1,94 @@
+"""The engine on one screen: schedule, execute, commit. No process, no socket, no text."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from engine.blocks import BlockPool, IntegrityError
+from engine.config import EngineConfig
+from engine.messages import EngineStats, TokenDelta
+from engine.protocols import Executor
+from engine.registry import make_policy
+from engine.request import Request
+from engine.scheduler import Scheduler
+from engine.stats import StatsRecorder
+from engine.validate import check_request
+
+logger = logging.getLogger("outrider.engine")
+
+
+class Engine:
+    """Turns requests into token deltas, one step at a time."""
+
+    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
+        """Loads the model into this process unless an executor is given. Raises ValueError for a bad configuration."""
+        if executor is None:
+            from engine.executors.local import LocalExecutor  # torch is needed only where a model runs
+
+            executor = LocalExecutor(config)
+        info = executor.info
+        self.config = config
+        self.executor = executor
+        self.info = info
+        self.policy = make_policy(config.policy, budget=config.budget)
+        self.recorder = StatsRecorder()
+        self.pool = BlockPool(info.num_blocks, info.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.pool,
+            self.policy,
+            max_num_seqs=info.max_num_seqs,
+            max_num_batched_tokens=info.max_num_batched_tokens,
+            max_model_len=info.max_model_len,
+            eos_ids=frozenset(info.eos_ids),
+            recorder=self.recorder,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises ValueError("field: why") for one that the engine must not run."""
+        check_request(request, self.info)
+        self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request whatever its state. Its blocks are free on return; no delta follows; unknown ids are ignored."""
+        self.scheduler.abort(request_id)
+        self._check_integrity()
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work()
+
+    def step(self) -> list[TokenDelta]:
+        """One step for everyone whose turn it is; what each sequence gained."""
+        started = time.perf_counter()
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        result = self.executor.execute(plan)
+        deltas = self.scheduler.commit(plan, result)
+        self.policy.observe(plan, result)
+        self.recorder.step(result, time.perf_counter() - started)
+        self._check_integrity()
+        return deltas
+
+    def stats(self) -> EngineStats:
+        """Gauges, counters since the start, and the observations since the last call."""
+        return self.recorder.take(
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            blocks_used=self.pool.num_used,
+            blocks_total=self.pool.num_blocks,
+        )
+
+    def close(self) -> None:
+        self.executor.close()
+
+    def _check_integrity(self) -> None:
+        if self.config.check_integrity:
+            self.scheduler.check_integrity()
+        if self.scheduler.has_work() or self.pool.is_idle():
+            return
+        if self.config.check_integrity:
+            raise IntegrityError(f"{self.pool.num_used} blocks in use without a sequence")
+        # Nobody is being served, so starting over with an empty cache hurts nobody; the log must say it happened.
+        logger.error("%d blocks in use without a sequence: the block pool is reset", self.pool.num_used)
+        self.pool.reset()

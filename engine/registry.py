@@ -1,0 +1,67 @@
+"""The methods by name, one line each. Modules are imported when a method is asked for, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from engine.protocols import Drafter, Policy, Verifier
+
+DRAFTERS = {
+    "ngram": "engine.drafters.ngram:NgramDrafter",
+    "none": "engine.drafters.none:NoneDrafter",
+    "prediction": "engine.drafters.prediction:PredictionDrafter",
+}
+
+VERIFIERS = {
+    "match": "engine.verifiers.match:MatchVerifier",
+}
+
+POLICIES = {
+    "fixed": "engine.policies.fixed:FixedPolicy",
+    "off": "engine.policies.off:OffPolicy",
+}
+
+KINDS = {"drafter": DRAFTERS, "verifier": VERIFIERS, "policy": POLICIES}
+
+
+def make(kind: str, name: str, **options: Any) -> Any:
+    """A drafter, verifier or policy by its name, given its options.
+
+    Raises ValueError for an unknown name, listing the known ones.
+    """
+    known = KINDS[kind]
+    if name not in known:
+        close = get_close_matches(name, known, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise ValueError(f"there is no {kind} {name!r}{hint}; known: {', '.join(sorted(known))}")
+    module, _, attribute = known[name].partition(":")
+    return getattr(import_module(module), attribute)(**options)
+
+
+def make_drafter(name: str, **options: Any) -> Drafter:
+    drafter: Drafter = make("drafter", name, **options)
+    return drafter
+
+
+def make_verifier(name: str, **options: Any) -> Verifier:
+    verifier: Verifier = make("verifier", name, **options)
+    return verifier
+
+
+def make_policy(name: str, **options: Any) -> Policy:
+    policy: Policy = make("policy", name, **options)
+    return policy
+
+
+def check_pairing(drafters: Iterable[Drafter], verifier: Verifier) -> None:
+    """Raises ValueError when the verifier is not exact for the way a drafter chooses the children of a node."""
+    for drafter in drafters:
+        if drafter.siblings not in verifier.accepts:
+            accepts = ", ".join(sorted(kind.value for kind in verifier.accepts))
+            raise ValueError(
+                f"drafter {drafter.name!r} with verifier {verifier.name!r} would change the answers: "
+                f"the drafter's siblings are {drafter.siblings.value}, the verifier is exact for {accepts}"
+            )
