@@ -1,4 +1,4 @@
-"""Paged tree attention on the CPU: planned once per step, run once per layer, batched over sequences.
+"""Paged tree attention in plain torch, tuned for CPUs: planned once per step, run once per layer, batched over sequences.
 
 Sequences with few rows (decoding, verifying) are attended together: one gather brings their contexts out of the pool,
 padded to the longest, and one masked attention serves all. A long prompt chunk is attended alone. Tested against
@@ -65,7 +65,7 @@ class ReferenceAttention:
         kv.view(-1, self.head_dim).index_copy_(0, self.kv_rows, new.reshape(-1, self.head_dim))
         if len(self.groups) == 1 and self.groups[0].give is None:
             return self._attend(kv, q, self.groups[0], scale)
-        out = torch.empty(q.shape[0], self.num_heads * self.head_dim, dtype=q.dtype)
+        out = q.new_empty(q.shape[0], self.num_heads * self.head_dim)
         for group in self.groups:
             rows = self._attend(kv, q[group.take], group, scale)
             if group.give is None:
@@ -106,12 +106,13 @@ class ReferenceAttention:
         side = torch.arange(2 * self.num_kv_heads).view(2, 1, self.num_kv_heads, 1)
         gather = (tables[None, :, None, :] * (2 * self.num_kv_heads) + side).reshape(-1)
         take, give = self._rows(batch, members, rows)
+        device = batch.slots.device
         return Group(
-            gather=gather,
+            gather=gather.to(device),
             shape=(count, rows, length),
-            mask=self._mask(batch, members, rows, length),
-            take=take,
-            give=give,
+            mask=self._mask(batch, members, rows, length).to(device),
+            take=take if isinstance(take, slice) else take.to(device),
+            give=None if give is None else give.to(device),
             use_bmm=count > 1 and count * length >= BMM_MIN_WORK,
         )
 
@@ -149,5 +150,5 @@ class ReferenceAttention:
         out = torch.zeros(len(members), rows, 1, dtype=torch.int64)
         for i, b in enumerate(members):
             own = batch.positions[batch.first_rows[b] : batch.first_rows[b] + batch.num_rows[b]]
-            out[i, : len(own), 0] = own
+            out[i, : len(own), 0] = own.cpu()
         return out
