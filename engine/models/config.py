@@ -24,12 +24,6 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
-# The same number under the names other families give it.
-_HIDDEN = ("hidden_size", "n_embd", "d_model", "dim")
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-_HEADS = ("num_attention_heads", "n_head", "n_heads")
-_INNER = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-_LENGTH = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _ROPE_NUMBERS: dict[str, tuple[str, ...]] = {  # required keys
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
@@ -75,31 +69,32 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     def from_hf(cls, config: dict[str, Any], generation_config: dict[str, Any] | None = None) -> ModelConfig:
         """Read the contents of config.json (written by transformers 4 or 5) and generation_config.json.
 
+        Of an architecture outside the Llama family the numbers must bear their standard names (engine/models/foreign.py).
         Raises ValueError naming the key when a number is missing, of the wrong type or out of range.
         """
+        architecture = _architecture(config)
         text = config.get("text_config")
         if isinstance(text, dict):
             config = {**config, **text}
-        architecture = _architecture(config)
         get = _Reader(config, _DEFAULTS.get(architecture, {}))
-        heads, hidden = get.integer(_HEADS), get.integer(_HIDDEN)
+        heads, hidden = get.integer("num_attention_heads"), get.integer("hidden_size")
         native = architecture in _DEFAULTS
         bias = get.flag("attention_bias")
-        length = get.integer(_LENGTH, None if native else 2048)
-        theta, scaling, rope_problem = _rope(get, length)
+        length = get.integer("max_position_embeddings", None if native else 2048)
+        theta, scaling, rope_problem = _rope(get, length) if native else (10000.0, None, None)
         window, window_problem = _window(get, architecture)
         act = get.text("hidden_act", "silu")
-        vocab = get.integer(("vocab_size",))
+        vocab = get.integer("vocab_size")
         generation = generation_config or {}
         made = cls(
             architecture=architecture,
             vocab_size=vocab,
             hidden_size=hidden,
-            intermediate_size=get.integer(_INNER, None if native else 0, low=0),
-            num_layers=get.integer(_LAYERS, high=MAX_LAYERS),
+            intermediate_size=get.integer("intermediate_size", None if native else 0, low=0),
+            num_layers=get.integer("num_hidden_layers", high=MAX_LAYERS),
             num_heads=heads,
-            num_kv_heads=get.integer(("num_key_value_heads",), heads),
-            head_dim=get.integer(("head_dim",), max(hidden // heads, 1)),
+            num_kv_heads=get.integer("num_key_value_heads", heads),
+            head_dim=get.integer("head_dim", max(hidden // heads, 1)),
             rms_norm_eps=get.number("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
@@ -117,6 +112,11 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         )
         problem = _quantized(config) or _foreign(made) or rope_problem or window_problem
         return msgspec.structs.replace(made, unsupported=problem)
+
+
+def is_native(config: dict[str, Any]) -> bool:
+    """Whether config.json describes a model of the Llama family (it may still use something our decoder lacks)."""
+    return _architecture(config) in _DEFAULTS
 
 
 def check_shape(config: ModelConfig) -> str | None:
@@ -162,7 +162,7 @@ def _rope(get: _Reader, length: int) -> tuple[float, dict[str, Any] | None, str 
         return theta, None, f"rotary scaling of type {kind!r}"
     scaling = {"rope_type": kind, **{key: given[key] for key in _ROPE_OPTIONS.get(kind, ()) if given.get(key) is not None}}
     if "original_max_position_embeddings" in _ROPE_NUMBERS[kind]:
-        original = get.integer(("original_max_position_embeddings",), length)
+        original = get.integer("original_max_position_embeddings", length)
         given = {**given, "original_max_position_embeddings": given.get("original_max_position_embeddings") or original}
     for key in _ROPE_NUMBERS[kind]:
         scaling[key] = _Reader(given).number(key)
@@ -171,18 +171,16 @@ def _rope(get: _Reader, length: int) -> tuple[float, dict[str, Any] | None, str 
 
 def _window(get: _Reader, architecture: str) -> tuple[int | None, str | None]:
     """The sliding window that all layers share, or what is wrong: a pattern of layers with and without one."""
-    if architecture not in _DEFAULTS or architecture == "llama":
+    if architecture == "llama" or not get.flag("use_sliding_window", architecture not in ("qwen2", "qwen3")):
         return None, None
-    if architecture != "mistral" and not get.flag("use_sliding_window"):
+    if get.values.get("sliding_window", get.defaults.get("sliding_window")) is None:
         return None, None
-    if "sliding_window" in get.values and get.values["sliding_window"] is None:
-        return None, None
-    window = get.integer(("sliding_window",))
+    window = get.integer("sliding_window")
     layers = get.values.get("layer_types")
-    if layers is None and architecture == "mistral":
+    if layers is None and architecture not in ("qwen2", "qwen3"):
         return window, None
     if layers is None:
-        count, first = get.integer(_LAYERS, high=MAX_LAYERS), get.integer(("max_window_layers",), 28, low=0)
+        count, first = get.integer("num_hidden_layers", high=MAX_LAYERS), get.integer("max_window_layers", 28, low=0)
         layers = ["sliding_attention" if layer >= first else "full_attention" for layer in range(count)]
     kinds = set(layers)
     if kinds == {"full_attention"}:
@@ -223,15 +221,14 @@ class _Reader:
         self.values = values
         self.defaults = defaults or {}
 
-    def integer(self, keys: tuple[str, ...], default: int | None = None, low: int = 1, high: int = 2**31 - 1) -> int:
-        found = next((key for key in keys if key in self.values), keys[0])
-        value = self.values.get(found, self.defaults.get(found))
+    def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 2**31 - 1) -> int:
+        value = self.values.get(key, self.defaults.get(key))
         if value is None:
             value = default
         if value is None:
-            raise ValueError(f"config.json lacks {keys[0]}")
+            raise ValueError(f"config.json lacks {key}")
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"config.json: {found} must be an integer between {low} and {high}, got {value!r}")
+            raise ValueError(f"config.json: {key} must be an integer between {low} and {high}, got {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.gguf_file import GGUFFile
-from engine.models.config import ModelConfig
+from engine.models.config import ModelConfig, is_native
 from engine.models.gguf import gguf_config, iter_gguf
 from engine.models.shapes import expected_shapes
 
@@ -32,6 +32,10 @@ def load_config(path: str) -> ModelConfig:
     if place.is_dir():
         generation = place / "generation_config.json"
         config = read_json(place / "config.json")
+        if not is_native(config):
+            from engine.models.foreign import standard_config  # imports transformers: most of a second
+
+            config = standard_config(place)
         return ModelConfig.from_hf(config, read_json(generation) if generation.exists() else None)
     with _open_gguf(place) as file:
         return gguf_config(file)

@@ -1,0 +1,38 @@
+"""The config of an architecture that is not ours, with its numbers under their standard names and its defaults filled in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+_STANDARD = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
+def hf_config(path: Path) -> PreTrainedConfig:
+    """What transformers makes of a model directory. Raises ValueError when it does not know the model; never runs its code."""
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: transformers does not know this model: {error}") from error
+
+
+def standard_config(path: Path) -> dict[str, Any]:
+    """Like config.json, for ModelConfig.from_hf: GPT-2's `n_embd` is also `hidden_size`, and so on.
+
+    Raises ValueError when transformers does not know the model or it has no attention.
+    """
+    config = hf_config(path)
+    values: dict[str, Any] = config.to_dict()
+    text = config.get_text_config()
+    if getattr(text, "num_attention_heads", None) is None:
+        raise ValueError(f"{path}: models of type {config.model_type} cannot be served: they do not work by attention")
+    return values | {name: getattr(text, name) for name in _STANDARD if getattr(text, name, None) is not None}
