@@ -20,7 +20,7 @@ class TokenLogprobs(msgspec.Struct, array_like=True):
 
 
 class SequenceUsage(msgspec.Struct, omit_defaults=True):
-    """Totals of one finished sequence."""
+    """Totals of one sequence: of a finished one, or so far where a request asks for that (`Request.report_usage`)."""
 
     cached_tokens: int = 0  # prompt tokens served by the prefix cache
     accepted_prediction_tokens: int = 0

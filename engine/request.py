@@ -41,4 +41,5 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prediction_ids: list[int] = []  # OpenAI `prediction`: used as a draft, never as a constraint
     priority: int = 0  # lower runs first (vLLM's convention); ties by arrival
     cache_salt: str = ""  # prefix cache and shared drafter state are never shared across salts
+    report_usage: bool = False  # every delta carries the usage so far: the front end may end the request itself (stop strings)
     arrival_time: float = 0.0  # time.monotonic() of the front end, seconds (CLOCK_MONOTONIC: one clock for all processes)
