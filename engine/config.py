@@ -29,3 +29,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int | None = None  # None: all cores this process may use
     load_format: Literal["auto", "native", "transformers"] = "auto"  # transformers: force the fallback models
     check_integrity: bool = False  # verify the block pool after every step (tests)
+
+
+class ProcessConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What the supervisor writes to the standard input of a new engine process, as MessagePack."""
+
+    engine: EngineConfig
+    inbox: str  # ipc:// endpoint the engine reads ToEngine from
+    outbox: str  # ipc:// endpoint the engine writes FromEngine to
+    parent: int  # process id of the supervisor
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
