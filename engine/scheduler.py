@@ -202,7 +202,8 @@ class Scheduler:
 
     def _draft_reserve(self, left: int) -> int:
         """Tokens kept for drafts when prompts would take them all: about what was used last, at most half."""
-        return min(left // 2, int(self._drafts_asked * self._draft_use))
+        # A tenth even when drafters had nothing for long: without room they could never show that they have again.
+        return min(left // 2, int(self._drafts_asked * max(self._draft_use, 0.1)))
 
     def _take_chunks(self, limit: int, *, admit: bool) -> list[tuple[Entry, int]]:
         """Prompt chunks of `limit` tokens in all, first come first served; admits who waits while there is room."""
@@ -373,7 +374,9 @@ class Scheduler:
         if seq.finished:
             # Accepted nodes behind the end are computed but not committed.
             seq.num_computed = min(seq.num_computed, seq.num_tokens)
-            delta.finish_reason, delta.stop_token_id, delta.usage = seq.finish_reason, seq.stop_token_id, usage
+            delta.finish_reason, delta.stop_token_id = seq.finish_reason, seq.stop_token_id
+        if seq.finished or seq.request.report_usage:
+            delta.usage = usage
         return delta
 
     def _fail(self, entry: Entry, error: str) -> TokenDelta:

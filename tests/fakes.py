@@ -17,6 +17,7 @@ from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
 from engine.tree import DraftForest
 
+VOCAB_SIZE = 64
 EOS = 1
 MASK = (1 << 61) - 1
 EMPTY = -1  # a slot that was never written
@@ -29,23 +30,21 @@ def kv_entry(before: int, token: int) -> int:
     return (before * 6364136223846793005 + token * 1442695040888963407 + 1013904223) & MASK
 
 
-def next_token(entry: int, request: Request, sample_index: int, vocab_size: int) -> int:
+def next_token(entry: int, request: Request, sample_index: int) -> int:
     mixed = entry ^ (request.params.seed * 0x9E3779B97F4A7C15) ^ (sample_index * 0xC2B2AE3D27D4EB4F)
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & MASK
-    return (mixed ^ (mixed >> 31)) % vocab_size
+    return (mixed ^ (mixed >> 31)) % VOCAB_SIZE
 
 
-def rollout(
-    request: Request, sample_index: int = 0, vocab_size: int = 64, eos_ids: frozenset[int] = frozenset({EOS})
-) -> Sequence:
+def rollout(request: Request, sample_index: int = 0, eos_ids: frozenset[int] = frozenset({EOS})) -> Sequence:
     """The finished sequence that any schedule must arrive at."""
     seq = Sequence(0, request, sample_index, eos_ids)
     entry = 0
     for token in seq.tokens:
         entry = kv_entry(entry, token)
     while not seq.finished:
-        seq.commit([next_token(entry, request, sample_index, vocab_size)])
+        seq.commit([next_token(entry, request, sample_index)])
         entry = kv_entry(entry, seq.tokens[-1])
     return seq
 
@@ -64,7 +63,7 @@ def good_guess(truth: Callable[[list[int]], int], budget: int, rng: random.Rando
 
 def garbage(truth: Callable[[list[int]], int], budget: int, rng: random.Random) -> tuple[list[int], list[int]]:
     """A random tree of random tokens: twins among siblings, out of luck mostly."""
-    return [rng.randrange(64) for _ in range(budget)], [rng.randrange(i + 1) for i in range(budget)]
+    return [rng.randrange(VOCAB_SIZE) for _ in range(budget)], [rng.randrange(i + 1) for i in range(budget)]
 
 
 def mixed_guess(truth: Callable[[list[int]], int], budget: int, rng: random.Random) -> tuple[list[int], list[int]]:
@@ -74,16 +73,33 @@ def mixed_guess(truth: Callable[[list[int]], int], budget: int, rng: random.Rand
     for i in range(rng.randint(0, budget)):
         parents.append(rng.choice([i, rng.randrange(i + 1)]))
         path = paths[parents[-1]]
-        paths.append([*path, truth(path) if rng.random() < 0.67 else rng.randrange(64)])
+        paths.append([*path, truth(path) if rng.random() < 0.67 else rng.randrange(VOCAB_SIZE)])
     return [path[-1] for path in paths[1:]], parents
 
 
 def fake_info(**changes: object) -> EngineInfo:
-    values: dict[str, object] = dict(
-        model="fake", architecture="hash chain", vocab_size=64, max_model_len=512, dtype="int", device="none", backend="fake",
-        drafters=["fake"], verifier="match", lossless=True, policy="fixed", budget=8, weight_bytes=0, kv_bytes=0, num_blocks=64,
-        block_size=4, max_num_seqs=8, max_num_batched_tokens=64, load_seconds=0.0, eos_ids=[EOS],
-    )  # fmt: skip
+    values: dict[str, object] = {
+        "model": "fake",
+        "architecture": "hash chain",
+        "vocab_size": VOCAB_SIZE,
+        "max_model_len": 512,
+        "dtype": "int",
+        "device": "none",
+        "backend": "fake",
+        "drafters": ["fake"],
+        "verifier": "match",
+        "lossless": True,
+        "policy": "fixed",
+        "budget": 8,
+        "weight_bytes": 0,
+        "kv_bytes": 0,
+        "num_blocks": 64,
+        "block_size": 4,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "load_seconds": 0.0,
+        "eos_ids": [EOS],
+    }
     return EngineInfo(**(values | changes))  # type: ignore[arg-type]  # values of many types
 
 
@@ -152,7 +168,7 @@ class FakeExecutor:
         """Draft a tree, write its nodes behind the root in node order, descend by the match rule, pack the path."""
 
         def token_after(entry: int) -> int:
-            return next_token(entry, seq.request, seq.sample_index, self.info.vocab_size)
+            return next_token(entry, seq.request, seq.sample_index)
 
         def truth(path: list[int]) -> int:
             entry = root
@@ -195,6 +211,6 @@ def make_request(
 ) -> Request:
     """A request of `prompt` token ids; a number stands for that many ids, different for each number and request id."""
     if isinstance(prompt, int):
-        prompt = [random.Random(f"{request_id}/{prompt}/{i}").randrange(2, 64) for i in range(prompt)]
+        prompt = [random.Random(f"{request_id}/{prompt}/{i}").randrange(2, VOCAB_SIZE) for i in range(prompt)]
     sampling = SamplingParams(max_tokens=max_tokens, **params)  # type: ignore[arg-type]  # values of many types
     return Request(request_id=request_id, prompt_ids=prompt, params=sampling, n=n, priority=priority, cache_salt=cache_salt)
