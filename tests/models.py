@@ -47,13 +47,13 @@ def smollm2_dir() -> Path:
 
 def build_smollm2(path: Path) -> None:
     """Dequantize the GGUF file into `path`. Written beside it and renamed, so that a half-written folder is never seen."""
-    from engine.models.gguf import GGUFModel
+    from tests.hf_export import write_hf
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as work:
         built = Path(work) / "built"
         built.mkdir()
-        GGUFModel.open(smollm2_gguf()).write_hf(built)
+        write_hf(smollm2_gguf(), built)
         shutil.rmtree(path, ignore_errors=True)
         built.rename(path)
 
