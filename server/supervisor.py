@@ -1,0 +1,202 @@
+"""Keeps one engine process alive: starts it, watches it, starts it again. It knows nothing about requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+
+from engine.config import EngineConfig, ProcessConfig
+from engine.messages import Fatal, FromEngine, Ready, Shutdown, ToEngine
+from server import link
+from server.link import Link
+
+logger = logging.getLogger("outrider.supervisor")
+
+# -P: the current directory, which may hold an `engine` of its own, does not come first on the module path.
+COMMAND = (sys.executable, "-P", "-m", "engine.loop")
+ROOT = Path(__file__).resolve().parent.parent  # where our packages lie
+STDERR = 2  # file descriptor: standard output is the server's one line
+TICK = 1.0  # seconds between two looks of the watchdog
+STOP_SECONDS = 5.0  # for a Shutdown to be obeyed
+SHORT_LIFE = 60.0  # seconds; an engine that dies younger is started again with a growing delay
+MAX_DELAY = 30.0  # seconds
+MAX_FAILED_STARTS = 5  # in a row
+
+
+class EngineGoneError(Exception):
+    """The engine is gone for good. `exit_code` is the server's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Supervisor:
+    """`receive` gets every message; `lost` is told why when an engine that may hold requests is gone.
+
+    A crash before the first Ready is final, since the same start would only fail again; so are MAX_FAILED_STARTS in a
+    row later. `failed` then holds an EngineGoneError.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        receive: Callable[[FromEngine], None],
+        lost: Callable[[str], None],
+        *,
+        watchdog_timeout: float = 120.0,
+        log_level: str = "info",
+        command: Sequence[str] = COMMAND,
+    ) -> None:
+        self.config = config
+        self.log_level = log_level
+        self.command = command
+        self.watchdog_timeout = watchdog_timeout
+        self.restarts = 0
+        self.pid: int | None = None
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.failed.add_done_callback(lambda future: future.cancelled() or future.exception())  # may go unawaited
+        self._receive = receive
+        self._lost = lost
+        self._directory = link.private_directory()
+        self._link: Link | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._fatal: Fatal | None = None
+        self._ready = False
+        self._silence = 0.0
+        self._stopping = False
+        self._task = asyncio.create_task(self._run())
+
+    def send(self, message: ToEngine) -> bool:
+        """False when there is no engine that takes it."""
+        return self._link is not None and self._link.send(message)
+
+    async def stop(self) -> None:
+        """Shut the engine down, by force if it does not obey, and leave nothing behind. May be called twice."""
+        self._stopping = True
+        process = self._process
+        if process is not None and process.returncode is None:
+            obeys = self._ready and self.send(Shutdown())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), STOP_SECONDS if obeys else 0)
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        if self._process is not None:
+            await self._process.wait()
+        link.remove(self._directory)
+
+    def kill(self) -> None:
+        """End the engine at once and leave nothing behind; for a server that must go now."""
+        self._stopping = True
+        self._end_life()
+        link.remove(self._directory)
+
+    async def _run(self) -> None:
+        """One turn per life of the engine."""
+        short_lives = failed_starts = 0
+        was_ready = False
+        while True:
+            born = asyncio.get_running_loop().time()
+            why = await self._live()
+            was_ready = was_ready or self._ready
+            failed_starts = 0 if self._ready else failed_starts + 1
+            self._lost(why)
+            if self._stopping:
+                return
+            if not was_ready or failed_starts >= MAX_FAILED_STARTS:
+                exit_code = self._fatal.exit_code if self._fatal and not was_ready else 1
+                self.failed.set_exception(EngineGoneError(why, exit_code))
+                return
+            young = asyncio.get_running_loop().time() - born < SHORT_LIFE
+            short_lives = short_lives + 1 if young else 0
+            delay = min(2.0 ** (short_lives - 2), MAX_DELAY) if short_lives > 1 else 0.0
+            logger.error("%s; starting it again in %.0f s", why, delay)
+            await asyncio.sleep(delay)
+            self.restarts += 1
+
+    async def _live(self) -> str:
+        """Start an engine, see it to its end, and say why it ended."""
+        self._fatal, self._ready, self._silence = None, False, 0.0
+        self._link = Link(self._directory, self.restarts, self._on_message)
+        try:
+            self._process = process = await self._start()
+            self.pid = process.pid
+            watchdog = asyncio.create_task(self._watch(process))
+            try:
+                code = await process.wait()
+            finally:
+                watchdog.cancel()
+            await self._link.drain_rest()
+        finally:
+            self._end_life()
+        return self._fatal.message if self._fatal else f"the engine process ended unexpectedly ({_describe(code)})"
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        assert self._link is not None
+        config = ProcessConfig(
+            engine=self.config,
+            inbox=self._link.inbox,
+            outbox=self._link.outbox,
+            parent=os.getpid(),
+            log_level=self.log_level,  # type: ignore[arg-type]  # checked by ServerConfig
+        )
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        process = await asyncio.create_subprocess_exec(
+            *self.command, stdin=asyncio.subprocess.PIPE, stdout=STDERR, env=os.environ | {"PYTHONPATH": path}
+        )
+        assert process.stdin is not None
+        process.stdin.write(msgspec.msgpack.encode(config))
+        with contextlib.suppress(ConnectionError):  # it died already: its exit code says more
+            await process.stdin.drain()
+        process.stdin.close()
+        return process
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Kill an engine that was ready and then fell silent: it computes for ever, or hangs.
+
+        Silence is counted in our own ticks, so that a machine that slept, or a stopped process group, is no silence.
+        """
+        while True:
+            await asyncio.sleep(TICK)
+            self._silence += TICK if self._ready else 0.0
+            if self._silence > self.watchdog_timeout:
+                why = f"the engine gave no sign of life for {self.watchdog_timeout:.0f} s"
+                self._fatal = Fatal(why)
+                logger.error("%s; its stacks follow, then it is killed", why)
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGUSR1)
+                    await asyncio.sleep(TICK)
+                    process.kill()
+                return
+
+    def _on_message(self, message: FromEngine) -> None:
+        self._silence = 0.0
+        if isinstance(message, Ready):
+            self._ready = True
+        elif isinstance(message, Fatal):
+            self._fatal = message
+        self._receive(message)
+
+    def _end_life(self) -> None:
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+
+def _describe(code: int) -> str:
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            return f"killed by {signal.Signals(-code).name}"
+    return f"exit code {code}"
