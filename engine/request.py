@@ -30,6 +30,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None  # None = none, 0 = the chosen token, k = also the k likeliest
     prompt_logprobs: int | None = None
 
+    @property
+    def greedy(self) -> bool:
+        """No noise: the best token wins. Below this temperature noise could not be told from rounding."""
+        return self.temperature < 1e-5
+
 
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One client request. A request with n = 4 becomes four `Sequence`s with sample indices 0..3."""

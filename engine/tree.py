@@ -117,7 +117,8 @@ class Verdict:
     """The accepted path of each tree and the bonus token.
 
     nodes[b]: local indices of the accepted nodes, root excluded, ascending; tokens[b]: their tokens and then the bonus,
-    so len(tokens[b]) == len(nodes[b]) + 1.
+    so len(tokens[b]) == len(nodes[b]) + 1. Where the root's own row is unusable (NaN, or nothing allowed) both are empty and
+    the sequence cannot go on; where a later row of the path is, the path stops before it.
     """
 
     nodes: list[list[int]]
