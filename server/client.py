@@ -7,6 +7,8 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from engine.config import EngineConfig
 from engine.messages import Abort, Add, Deltas, EngineInfo, EngineStats, FromEngine, Ready, Stats, TokenDelta
 from engine.request import Request
@@ -15,17 +17,23 @@ from server.supervisor import COMMAND, Supervisor
 logger = logging.getLogger("outrider.client")
 
 
-class EngineDead(Exception):  # noqa: N818  # a state, told to clients as 503
+class EngineDead(Exception):
     """The engine died, or is not there, while a request needed it. Trying again later may work."""
 
 
 class _Stream:
-    """What has arrived for one request, and which of its samples are not finished yet."""
+    """What has arrived for one request, and which of its samples are not finished yet.
 
-    __slots__ = ("left", "queue")
+    The engine knows it by `wire_id`, which is never used twice: deltas of an aborted request that are still on their way
+    cannot end up in a later one of the same name.
+    """
 
-    def __init__(self, n: int) -> None:
-        self.left = set(range(n))
+    __slots__ = ("left", "queue", "request_id", "wire_id")
+
+    def __init__(self, request: Request, wire_id: str) -> None:
+        self.request_id = request.request_id
+        self.wire_id = wire_id
+        self.left = set(range(request.n))
         self.queue: asyncio.Queue[TokenDelta | EngineDead] = asyncio.Queue()
 
 
@@ -50,7 +58,9 @@ class EngineClient:
         self._config = config
         self._options = {"watchdog_timeout": watchdog_timeout, "log_level": log_level, "command": command}
         self._supervisor: Supervisor | None = None
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, _Stream] = {}  # by wire id
+        self._wire_ids: dict[str, str] = {}  # request id -> wire id
+        self._count = 0
         self._became_ready = asyncio.Event()
         self._why = "the engine has not been started"
 
@@ -115,11 +125,14 @@ class EngineClient:
         """
         if not self.ready:
             raise EngineDead(self._why)
-        if request.request_id in self._streams:
+        if request.request_id in self._wire_ids:
             raise ValueError(f"request id {request.request_id} is in use")
-        stream = self._streams[request.request_id] = _Stream(request.n)
+        self._count += 1
+        stream = _Stream(request, f"{request.request_id}#{self._count}")
+        self._streams[stream.wire_id] = stream
+        self._wire_ids[stream.request_id] = stream.wire_id
         try:
-            if not self._send(Add(request)):
+            if not self._send(Add(msgspec.structs.replace(request, request_id=stream.wire_id))):
                 raise EngineDead("the engine does not take requests")
             left = request.n
             while left:
@@ -129,18 +142,23 @@ class EngineClient:
                 left -= item.finish_reason is not None
                 yield item
         finally:
-            if self._streams.get(request.request_id) is stream:  # the engine still works on it
-                del self._streams[request.request_id]
-                self._send(Abort(request.request_id))
+            if self._forget(stream.wire_id):  # the engine still works on it
+                self._send(Abort(stream.wire_id))
 
     def abort(self, request_id: str) -> None:
         """End a request now; its unfinished samples get a final delta "abort". Unknown ids are ignored."""
-        stream = self._streams.pop(request_id, None)
+        stream = self._forget(self._wire_ids.get(request_id, ""))
         if stream is None:
             return
-        self._send(Abort(request_id))
+        self._send(Abort(stream.wire_id))
         for index in sorted(stream.left):
             stream.queue.put_nowait(TokenDelta(request_id=request_id, index=index, finish_reason="abort"))
+
+    def _forget(self, wire_id: str) -> _Stream | None:
+        stream = self._streams.pop(wire_id, None)
+        if stream is not None:
+            del self._wire_ids[stream.request_id]
+        return stream
 
     def _send(self, message: Add | Abort) -> bool:
         return self._supervisor is not None and self._supervisor.send(message)
@@ -162,17 +180,18 @@ class EngineClient:
         stream = self._streams.get(delta.request_id)
         if stream is None:  # aborted while this was on its way
             return
+        delta.request_id = stream.request_id
         stream.queue.put_nowait(delta)
         if delta.finish_reason is not None:
             stream.left.discard(delta.index)
             if not stream.left:
-                del self._streams[delta.request_id]
+                self._forget(stream.wire_id)
 
     def _on_lost(self, why: str) -> None:
         """The engine is gone, and with it every request it held."""
         self.ready = False
         self._why = why
         self.stats = EngineStats()
-        streams, self._streams = self._streams, {}
-        for stream in streams.values():
-            stream.queue.put_nowait(EngineDead(why))
+        for wire_id in list(self._streams):
+            if stream := self._forget(wire_id):
+                stream.queue.put_nowait(EngineDead(why))
