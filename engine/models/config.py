@@ -19,8 +19,14 @@ _FAMILIES = {
 }
 # What transformers' config classes assume where config.json is silent.
 _DEFAULTS: dict[str, dict[str, int]] = {
-    "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "sliding_window": 4096, "head_dim": 128},
 }
@@ -74,9 +80,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         """
         architecture = _architecture(config)
         text = config.get("text_config")
-        if isinstance(text, dict):
-            config = {**config, **text}
-        get = _Reader(config, _DEFAULTS.get(architecture, {}))
+        config = {**_DEFAULTS.get(architecture, {}), **config, **(text if isinstance(text, dict) else {})}
+        get = _Reader(config)
         heads, hidden = get.integer("num_attention_heads"), get.integer("hidden_size")
         native = architecture in _DEFAULTS
         bias = get.flag("attention_bias")
@@ -173,7 +178,7 @@ def _window(get: _Reader, architecture: str) -> tuple[int | None, str | None]:
     """The sliding window that all layers share, or what is wrong: a pattern of layers with and without one."""
     if architecture == "llama" or not get.flag("use_sliding_window", architecture not in ("qwen2", "qwen3")):
         return None, None
-    if get.values.get("sliding_window", get.defaults.get("sliding_window")) is None:
+    if get.values.get("sliding_window") is None:
         return None, None
     window = get.integer("sliding_window")
     layers = get.values.get("layer_types")
@@ -215,14 +220,13 @@ def _dtype(config: dict[str, Any]) -> str:
 
 
 class _Reader:
-    """Typed, range-checked access to a JSON object. `defaults` stand in for absent keys, not for null."""
+    """Typed, range-checked access to a JSON object; null counts as absent."""
 
-    def __init__(self, values: dict[str, Any], defaults: dict[str, int] | None = None) -> None:
+    def __init__(self, values: dict[str, Any]) -> None:
         self.values = values
-        self.defaults = defaults or {}
 
     def integer(self, key: str, default: int | None = None, low: int = 1, high: int = 2**31 - 1) -> int:
-        value = self.values.get(key, self.defaults.get(key))
+        value = self.values.get(key)
         if value is None:
             value = default
         if value is None:
