@@ -1,0 +1,73 @@
+"""What every route needs: the configuration, the way to the engine, the tokenizer, the counters. One per app, no globals."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from starlette.requests import HTTPConnection
+
+from engine.messages import EngineInfo
+from server.admission import Admission
+from server.metrics import Metrics
+from server.openai.errors import model_not_found, unavailable
+from server.version import VERSION
+
+if TYPE_CHECKING:
+    from server.client import EngineClient
+    from server.config import ServerConfig
+    from server.tokenizer import Tokenizer
+
+
+class Frontend:
+    def __init__(self, config: ServerConfig, client: EngineClient, tokenizer: Tokenizer) -> None:
+        self.config = config
+        self.client = client
+        self.tokenizer = tokenizer
+        self.model = model_name(config)
+        self.created = int(time.time())
+        self.admission = Admission(config.max_queue)
+        self.metrics = Metrics(self.model, client, self.admission)
+        client.on_stats = self.metrics.observe_engine
+
+    def check_model(self, name: str) -> None:
+        """Raises ApiError 404 for a model that is not served here."""
+        if name != self.model:
+            raise model_not_found(name)
+
+    def check_ready(self) -> EngineInfo:
+        """Facts about the engine. Raises ApiError 503 while it is starting, restarting or dead."""
+        if not (self.client.live and self.client.ready):
+            raise unavailable("The engine is not ready.")
+        return self.info
+
+    @property
+    def info(self) -> EngineInfo:
+        """The latest engine's facts. Raises ApiError 503 before there has been one."""
+        if self.client.info is None:
+            raise unavailable("The engine is not ready.")
+        return self.client.info
+
+    @property
+    def fingerprint(self) -> str:
+        """OpenAI's system_fingerprint: what, besides the request, an answer depends on. Says so when it may not be exact."""
+        info = self.info
+        lossy = "" if info.lossless else f"-lossy-{info.verifier}"
+        return f"outrider-{VERSION}-{info.dtype}{lossy}"
+
+    def vocab_size(self) -> int:
+        """Ids the model can embed and the tokenizer can name."""
+        return min(self.info.vocab_size, self.tokenizer.vocab_size)
+
+
+def model_name(config: ServerConfig) -> str:
+    """What clients call the model: as configured, else the hub id, or the last part of a local path."""
+    if config.served_model_name:
+        return config.served_model_name
+    model = config.model or "default"
+    return Path(model).name.removesuffix(".gguf") if Path(model).exists() else model
+
+
+def frontend(connection: HTTPConnection) -> Frontend:
+    return cast(Frontend, connection.app.state.frontend)

@@ -1,0 +1,92 @@
+"""What chat and completions have in common: an answer as one body or as a stream, from the same fragments."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+from server.openai.choice import Fragment, Token
+from server.openai.chunks import Chunks
+from server.openai.generation import Generation
+from server.openai.logprobs import for_prompt
+from server.openai.sampling import SamplingFields
+from server.openai.sse import DONE
+
+if TYPE_CHECKING:
+    from server.frontend import Frontend
+
+
+class Answer(ABC):
+    def __init__(self, front: Frontend, fields: SamplingFields, generation: Generation, answer_id: str, kind: str) -> None:
+        self.front = front
+        self.fields = fields
+        self.generation = generation
+        self.head = {
+            "id": answer_id,
+            "object": kind,
+            "created": int(time.time()),
+            "model": front.model,
+            "system_fingerprint": front.fingerprint,
+        }
+
+    @abstractmethod
+    def choice(self, index: int, text: str, tokens: list[Token]) -> dict[str, Any]:
+        """A finished choice of a body."""
+
+    @abstractmethod
+    def opening(self, writer: Chunks, index: int, first: bool) -> bytes:
+        """What a stream says of a choice before its text; `first` of all choices. May be nothing."""
+
+    @abstractmethod
+    def chunk_choice(self, fragment: Fragment) -> bytes:
+        """A fragment as the choice of a chunk."""
+
+    def beside_choices(self) -> dict[str, Any]:
+        """Further fields of a body."""
+        return {}
+
+    async def whole(self) -> dict[str, Any]:
+        texts: list[list[str]] = [[] for _ in self.generation.choices]
+        tokens: list[list[Token]] = [[] for _ in self.generation.choices]
+        async with aclosing(self.generation.fragments()) as fragments:
+            async for fragment in fragments:
+                texts[fragment.choice].append(fragment.text)
+                tokens[fragment.choice] += fragment.tokens
+        choices = [self.choice(i, "".join(text), own) for i, (text, own) in enumerate(zip(texts, tokens, strict=True))]
+        return self.head | {"choices": choices, "usage": self.generation.usage()} | self.beside_choices()
+
+    async def events(self) -> AsyncGenerator[bytes]:
+        options = self.fields.stream_options
+        final_usage = bool(options and options.include_usage)
+        running_usage = bool(options and options.continuous_usage_stats)
+        writer = Chunks(self.head, final_usage)
+        opened: set[int] = set()
+        async with aclosing(self.generation.fragments()) as fragments:
+            async for fragment in fragments:
+                if fragment.choice not in opened:
+                    if opening := self.opening(writer, fragment.choice, not opened):
+                        yield opening
+                    opened.add(fragment.choice)
+                if fragment.text or fragment.tokens or fragment.finish_reason:
+                    yield writer.chunk(self.chunk_choice(fragment), self.generation.usage() if running_usage else None)
+        if final_usage:
+            yield writer.last(self.generation.usage())
+        yield DONE
+
+    def token_extras(self, tokens: list[Token]) -> dict[str, Any]:
+        """vLLM's fields of a choice, for those who asked."""
+        return {"token_ids": [token.id for token in tokens]} if self.fields.return_token_ids else {}
+
+    def prompt_extras(self, position: int) -> dict[str, Any]:
+        """vLLM's fields about the prompt at `position`, for those who asked."""
+        extras: dict[str, Any] = {}
+        prompt_ids, top = self.generation.requests[position].prompt_ids, self.fields.prompt_logprobs
+        if self.fields.return_token_ids:
+            extras["prompt_token_ids"] = prompt_ids
+        if top is not None:
+            entries = self.generation.prompt_logprobs.get(position, [])
+            extras["prompt_logprobs"] = for_prompt(self.front.tokenizer, prompt_ids, entries, top)
+        return extras

@@ -1,0 +1,26 @@
+"""How an answer leaves: as one body or as a stream. Both end at once when the client goes away."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.openai.sse import EventStream, while_connected
+
+if TYPE_CHECKING:
+    from server.frontend import Frontend
+    from server.openai.answer import Answer
+
+
+async def respond(request: Request, front: Frontend, answer: Answer, stream: bool, slot: ExitStack) -> Response:
+    """`slot` is given back when the last byte is out; for a stream that is after this returns."""
+    seconds = front.config.request_timeout
+    if stream:
+        free = slot.pop_all().close
+        return EventStream(answer.events(), seconds=seconds, on_close=free, on_failure=front.metrics.observe_failure)
+    body = await while_connected(request.receive, answer.whole(), seconds)
+    return Response(msgspec.json.encode(body), media_type="application/json")
