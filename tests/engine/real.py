@@ -1,0 +1,147 @@
+"""Engines over one loaded model: tests change drafters, pools and policies without loading the weights again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from engine.config import EngineConfig
+from engine.drafting import Drafting
+from engine.engine import Engine
+from engine.messages import SequenceUsage, TokenLogprobs
+from engine.plan import StepPlan, StepResult
+from engine.protocols import NO_SIGNALS, Drafter, Observed, Siblings
+from engine.registry import make_drafter
+from engine.request import Request, SamplingParams
+from engine.sequence import Sequence
+from engine.tree import DraftForest, Verdict
+from engine.worker import Worker
+
+
+class SharedExecutor:
+    """An executor whose worker outlives it; `num_blocks` makes the pool small, which forces preemptions."""
+
+    def __init__(self, worker: Worker, num_blocks: int | None) -> None:
+        self.worker = worker
+        self.info = worker.info if num_blocks is None else msgspec.structs.replace(worker.info, num_blocks=num_blocks)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self.worker.step(plan)
+
+    def close(self) -> None:
+        self.worker.close()
+
+
+def load_worker(path: Path, dtype: str = "float32", **options: Any) -> Worker:
+    return Worker(EngineConfig(model=str(path), dtype=dtype, drafters=[], num_threads=1, kv_cache_memory_bytes=256 << 20, **options))  # type: ignore[arg-type]  # dtype is a Literal
+
+
+def make_engine(
+    worker: Worker, drafters: Seq[str | Drafter] = (), *, budget: int = 6, num_blocks: int | None = None, **options: Any
+) -> Engine:
+    """A fresh engine (pool, scheduler, drafters) over a worker that is idle."""
+    worker.seqs.clear()
+    made = [make_drafter(d) if isinstance(d, str) else d for d in drafters]
+    worker.drafting = Drafting(made, worker.info.vocab_size)
+    config = msgspec.structs.replace(worker.config, policy="fixed" if made else "off", budget=budget, check_integrity=True, **options)
+    return Engine(config, SharedExecutor(worker, num_blocks))
+
+
+@dataclass
+class Answer:
+    """Everything one sequence told its client."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    usage: SequenceUsage | None = None
+
+
+def answers(engine: Engine, requests: Seq[Request]) -> dict[tuple[str, int], Answer]:
+    """Run the requests together until the engine is idle; it must then hold no block."""
+    out: dict[tuple[str, int], Answer] = {}
+    for request in requests:
+        engine.add(request)
+    while engine.has_work():
+        for delta in engine.step():
+            answer = out.setdefault((delta.request_id, delta.index), Answer())
+            assert answer.finish_reason is None, "a delta after the final one"
+            answer.tokens += delta.token_ids
+            answer.logprobs += delta.logprobs or []
+            answer.prompt_logprobs = delta.prompt_logprobs or answer.prompt_logprobs
+            answer.finish_reason, answer.usage = delta.finish_reason, delta.usage
+    assert engine.stats().blocks_used == 0
+    return out
+
+
+def request(name: str, prompt: list[int], **params: Any) -> Request:
+    extra = {key: params.pop(key) for key in ("n", "prediction_ids", "cache_salt", "priority") if key in params}
+    return Request(request_id=name, prompt_ids=prompt, params=SamplingParams(**params), **extra)
+
+
+class GarbageDrafter:
+    """Random trees of random tokens, some of them the very tokens that are likely, siblings repeated now and then."""
+
+    name = "garbage"
+    needs = NO_SIGNALS
+    siblings = Siblings.POINT
+
+    def __init__(self, vocab_size: int, seed: int = 0) -> None:
+        self.rng, self.vocab_size = np.random.default_rng(seed), vocab_size
+
+    def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+        trees = []
+        for seq, budget in zip(seqs, budgets, strict=True):
+            size = int(self.rng.integers(0, budget + 1))
+            picks = [
+                int(self.rng.choice(seq.tokens)) if self.rng.random() < 0.5 else int(self.rng.integers(self.vocab_size))
+                for _ in range(size)
+            ]
+            trees.append(([seq.tokens[-1], *picks], [-1, *(int(self.rng.integers(0, node + 1)) for node in range(size))]))
+        return DraftForest.from_parents(trees, [self.name] * len(trees))
+
+    def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
+        pass
+
+    def forget(self, seq_id: int) -> None:
+        pass
+
+
+class OracleDrafter(GarbageDrafter):
+    """Knows the answers and hides them in branched trees: long paths are accepted and have to be packed in the KV cache."""
+
+    name = "oracle"
+
+    def __init__(self, vocab_size: int, known: dict[tuple[str, int], list[int]], seed: int = 0) -> None:
+        super().__init__(vocab_size, seed)
+        self.known = known
+
+    def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+        trees = []
+        for seq, budget in zip(seqs, budgets, strict=True):
+            truth = self.known[seq.request.request_id, seq.sample_index][seq.num_output :]
+            tokens, parents, tip = [seq.tokens[-1]], [-1], 0
+            while len(tokens) <= budget:
+                depth = 0 if tip == 0 else self._depth(parents, tip)
+                if depth < len(truth) and self.rng.random() < 0.6:  # the truth, below the truth so far
+                    tokens.append(truth[depth])
+                    parents.append(tip)
+                    tip = len(tokens) - 1
+                else:  # a wrong sibling anywhere, so that node order and depth differ
+                    tokens.append(int(self.rng.integers(self.vocab_size)))
+                    parents.append(int(self.rng.integers(0, len(parents))))
+            trees.append((tokens, parents))
+        return DraftForest.from_parents(trees, [self.name] * len(trees))
+
+    @staticmethod
+    def _depth(parents: list[int], node: int) -> int:
+        depth = 0
+        while node > 0:
+            node, depth = parents[node], depth + 1
+        return depth
