@@ -1,0 +1,80 @@
+"""The command `outrider`. Exit codes: 0 fine, 1 the engine failed, 2 the operator's to mend (one line on stderr)."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+USAGE = """\
+usage: outrider serve [MODEL] [flags]     serve a model over the OpenAI API (outrider serve --help)
+       outrider --version
+"""
+
+
+def serve(argv: Sequence[str]) -> int:
+    from server.config import ConfigError, parse
+    from server.resolve import resolve
+
+    try:
+        config = parse(argv)
+        model = resolve(config.model)
+    except ValueError as error:
+        return fail(str(error), "see outrider serve --help" if isinstance(error, ConfigError) else "")
+    setup_logging(config.log_level)
+    from server.serve import run
+
+    try:
+        return run(config, model, announce=lambda line: print(line, flush=True))
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+
+
+def version(argv: Sequence[str]) -> int:
+    from server.version import VERSION
+
+    print(f"outrider {VERSION}")
+    return 0
+
+
+def usage(argv: Sequence[str]) -> int:
+    print(USAGE, end="")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "serve": serve,
+    "--version": version,
+    "--help": usage,
+    "-h": usage,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = sys.argv[1:] if argv is None else list(argv)
+    if not args:
+        sys.stderr.write(USAGE)
+        return 2
+    command = COMMANDS.get(args[0])
+    if command is None:
+        close = difflib.get_close_matches(args[0], COMMANDS, n=1)
+        return fail(f"unknown command {args[0]}", f"did you mean {close[0]}?" if close else "see outrider --help")
+    return command(args[1:])
+
+
+def fail(message: str, hint: str = "") -> int:
+    line = " ".join(message.split()) + (f"; {hint}" if hint and "did you mean" not in message else "")
+    sys.stderr.write(f"outrider: error: {line}\n")
+    return 2
+
+
+def setup_logging(level: str) -> None:
+    layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(stream=sys.stderr, level=level.upper(), format=layout)
+    for name in ("uvicorn", "asyncio"):  # their news is that all is well
+        logging.getLogger(name).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

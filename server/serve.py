@@ -1,0 +1,139 @@
+"""`outrider serve` from start to end: engine, tokenizer and HTTP side by side; then signals, draining, the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
+
+import uvloop
+
+from engine.messages import EngineInfo
+from server.client import EngineClient
+from server.config import ServerConfig
+from server.resolve import ResolvedModel
+from server.supervisor import EngineGoneError
+
+if TYPE_CHECKING:
+    from server.frontend import Frontend
+    from server.http import HttpServer
+
+logger = logging.getLogger("outrider.serve")
+
+DRAIN_LOOK_SECONDS = 0.05
+
+
+def run(config: ServerConfig, model: ResolvedModel, announce: Callable[[str], None]) -> int:
+    """Serve until a signal or the engine's final failure; returns the exit code. `announce` gets the ready line.
+
+    Raises OSError when the address cannot be had and ValueError when the tokenizer cannot be used.
+    """
+    from server.http import bind
+
+    sock = bind(config.host, config.port)  # first of all: a port in use should not cost a model's loading time
+    with sock:
+        return uvloop.run(Server(config, model, announce).serve(sock))
+
+
+class Server:
+    def __init__(self, config: ServerConfig, model: ResolvedModel, announce: Callable[[str], None]) -> None:
+        self.config = config.model_copy(update={"served_model_name": config.served_model_name or model.name})
+        self.model = model
+        self.announce = announce
+        self.client = EngineClient(
+            config.engine_config(model.path), watchdog_timeout=config.watchdog_timeout, log_level=config.log_level
+        )
+        self.signalled = asyncio.Event()
+
+    async def serve(self, sock: socket.socket) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            await self.client.start()  # loads the model while we import the app and read the tokenizer
+            return await self._serve(sock)
+        except EngineGoneError as error:
+            sys.stderr.write(f"outrider: error: {error}\n")
+            return error.exit_code
+        finally:
+            await self.client.close()
+
+    async def _serve(self, sock: socket.socket) -> int:
+        http, front = await self._build_app()
+        serving = asyncio.create_task(http.serve(sockets=[sock]))
+        stop = asyncio.create_task(self.signalled.wait())
+        try:
+            await _first(self._come_up(sock), stop, serving)
+            await _first(self.client.wait_failed(), stop, serving)
+            if stop.done():
+                await self._drain(front)
+        finally:
+            stop.cancel()
+            await self.client.close()  # what is still in flight gets its error now
+            http.should_exit = True
+            await serving
+        return 0
+
+    async def _build_app(self) -> tuple[HttpServer, Frontend]:
+        from server.http import HttpServer
+        from server.tokenizer import Tokenizer
+
+        tokenizer = asyncio.create_task(asyncio.to_thread(Tokenizer.load, self.model.path))
+        from server.app import create_app
+
+        app = create_app(self.config, self.client, await tokenizer)
+        front: Frontend = app.state.frontend
+        self.client.on_stats = front.metrics.observe_engine
+        return HttpServer(app), front
+
+    async def _come_up(self, sock: socket.socket) -> None:
+        from server.http import url
+
+        info = await self.client.wait_ready()
+        self.announce(ready_line(url(sock), self.config.served_model_name or "", info))
+
+    def _on_signal(self) -> None:
+        if self.signalled.is_set():
+            self.client.kill()
+            os._exit(1)
+        self.signalled.set()
+
+    async def _drain(self, front: Frontend) -> None:
+        """Let what was accepted finish; everything new gets 503."""
+        front.admission.drain()
+        if front.admission.in_flight:
+            logger.info("draining %d requests for up to %g s", front.admission.in_flight, self.config.shutdown_timeout)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.config.shutdown_timeout):
+                while front.admission.in_flight:  # noqa: ASYNC110  # a count; watched only here, once in a life
+                    await asyncio.sleep(DRAIN_LOOK_SECONDS)
+        if front.admission.in_flight:
+            logger.warning("%d requests did not finish in time", front.admission.in_flight)
+
+
+async def _first(coroutine: Coroutine[Any, Any, None], *others: asyncio.Task[Any]) -> None:
+    """Wait for the coroutine or one of the tasks; raises what the coroutine, or a task that failed, raised."""
+    task = asyncio.create_task(coroutine)
+    try:
+        done, _ = await asyncio.wait([task, *others], return_when=asyncio.FIRST_COMPLETED)
+        for finished in done:
+            finished.result()
+    finally:
+        task.cancel()
+
+
+def ready_line(address: str, name: str, info: EngineInfo) -> str:
+    policy = f"{info.policy}({info.budget})" if info.policy == "fixed" else info.policy
+    lossy = "" if info.lossless else " (LOSSY: answers may differ from the model's own)"
+    return (
+        f"outrider is ready: {address} model={name} device={info.device} dtype={info.dtype} "
+        f"drafters={','.join(info.drafters)} verifier={info.verifier}{lossy} policy={policy} "
+        f"memory: weights {info.weight_bytes / 1e6:,.0f} MB, KV {info.kv_bytes / 1e6:,.0f} MB = {info.num_blocks:,} blocks "
+        f"= {info.num_blocks * info.block_size:,} tokens, context {info.max_model_len:,}, loaded in {info.load_seconds:.1f} s"
+    )
