@@ -31,7 +31,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def config(family: str, **changes: Any) -> Any:
-    return getattr(transformers, f"{family}Config")(**{**SHAPE, **FAMILIES.get(family, {}), **changes})
+    """transformers' config of a family; sizes that the family does not know are left out."""
+    kind = getattr(transformers, f"{family}Config")
+    known = set(kind().to_dict()) | set(kind.attribute_map)
+    shape = {key: value for key, value in SHAPE.items() if key in known}
+    return kind(**{**shape, **FAMILIES.get(family, {}), **changes})
 
 
 def model(config: Any, seed: int = 0) -> Any:
