@@ -69,6 +69,12 @@ def synchronously(work: Coroutine[Any, Any, T]) -> T:
         return runner.run(work)
 
 
+def first_model(endpoint: Endpoint) -> str:
+    """The first model that the endpoint lists; raises ConnectionError when it does not answer."""
+    name: str = synchronously(endpoint.get("/models"))["data"][0]["id"]
+    return name
+
+
 def save_outputs(path: Path, answers: Sequence[Answer]) -> None:
     with path.open("w", encoding="utf-8") as file:
         for answer in answers:
@@ -138,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     endpoint = Endpoint(options.base_url, options.api_key)
-    model = options.model or synchronously(endpoint.get("/models"))["data"][0]["id"]
+    model = options.model or first_model(endpoint)
     seed = options.seed if options.temperature > 0 else None
     ask = Ask(model, options.max_tokens, options.temperature, seed, options.ignore_eos, options.prediction, options.extra)
     prompts = mixed(load(options.dataset, options.category))
