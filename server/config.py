@@ -199,7 +199,10 @@ def _check_environment() -> None:
     """
     if os.environ.get(ENV_PREFIX + "PORT", "").startswith(("tcp://", "udp://")):
         del os.environ[ENV_PREFIX + "PORT"]
-    known = [ENV_PREFIX + name.upper() for name in ServerConfig.model_fields]
+    known = [name.upper() for name in ServerConfig.model_fields]
     for name in os.environ:
-        if name.startswith(ENV_PREFIX) and name not in known and (close := _close(name, known)):
-            sys.stderr.write(f"outrider: the environment variable {name} is no setting{close}\n")
+        own = name.removeprefix(ENV_PREFIX)
+        if own == name or own in known:
+            continue
+        if close := difflib.get_close_matches(own, known, n=1, cutoff=0.8):
+            sys.stderr.write(f"outrider: the environment variable {name} is no setting; did you mean {ENV_PREFIX}{close[0]}?\n")
