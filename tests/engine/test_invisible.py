@@ -46,7 +46,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def worker(smollm2_dir: Path) -> Worker:
-    return load_worker(smollm2_dir)
+    return load_worker(smollm2_dir, block_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_in_a_batch(name: str, worker: Worker, requests: list[Request], alone: d
 @pytest.mark.parametrize("name", ["none", "both", "garbage", "oracle"])
 def test_after_preemption(name: str, worker: Worker, requests: list[Request], alone: dict[tuple[str, int], Answer]) -> None:
     """A pool that holds about three of the sequences: others are thrown out and computed again."""
-    engine = make_engine(worker, drafter(name, worker, alone), num_blocks=13, enable_prefix_caching=False)
+    engine = make_engine(worker, drafter(name, worker, alone), num_blocks=20, enable_prefix_caching=False)
     found = answers(engine, requests)
     assert engine.stats().preemptions > 0
     assert found.keys() == alone.keys()
