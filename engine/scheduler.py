@@ -52,8 +52,7 @@ class Scheduler:
         self.pool = pool
         self.policy = policy
         self.recorder = recorder or StatsRecorder()
-        # Every running sequence must be able to have its root in the same step.
-        self.max_running = min(max_num_seqs, max_num_batched_tokens)
+        self.max_running = max_num_seqs
         self.max_tokens_per_step = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.eos_ids = eos_ids
@@ -162,12 +161,10 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to do."""
         self._make_way()
-        preemptions = self.recorder.totals.preemptions
         roots = [(entry, 1) for entry in self._grow_decoding()]
         left = self.max_tokens_per_step - len(roots)
         limit = left - self._draft_reserve(left) if roots else left
-        # Who was preempted a moment ago must not take its blocks straight back.
-        chunks = self._take_chunks(limit, admit=self.recorder.totals.preemptions == preemptions)
+        chunks = self._take_chunks(limit)
         scheduled = roots + chunks
         if not scheduled:
             return None
@@ -205,14 +202,17 @@ class Scheduler:
         # A tenth even when drafters had nothing for long: without room they could never show that they have again.
         return min(left // 2, int(self._drafts_asked * max(self._draft_use, 0.1)))
 
-    def _take_chunks(self, limit: int, *, admit: bool) -> list[tuple[Entry, int]]:
-        """Prompt chunks of `limit` tokens in all, first come first served; admits who waits while there is room."""
+    def _take_chunks(self, limit: int) -> list[tuple[Entry, int]]:
+        """Prompt chunks of `limit` tokens in all, first come first served; admits who waits while there is room.
+
+        Nobody is admitted in a step that is full already, so there are never more running sequences than a step has tokens.
+        """
         chunks: list[tuple[Entry, int]] = []
         for entry in self.running:
             if limit and entry.seq.num_uncomputed > 1:
                 chunks.append((entry, min(limit, entry.seq.num_uncomputed)))
                 limit -= chunks[-1][1]
-        while admit and limit and self.waiting:
+        while limit and self.waiting:
             entry = self.waiting[0]
             matched = self._find_room(entry)
             if matched is None:
@@ -340,8 +340,7 @@ class Scheduler:
         if gained.seq_id != row.seq_id or bool(tokens) != reached_root or gained.num_accepted > row.budget:
             raise RuntimeError(f"sequence {seq.seq_id}: {gained} does not answer {row}")
         if entry.prompt_logprobs is not None and gained.prompt_logprobs:
-            missing = seq.num_prompt - len(entry.prompt_logprobs)
-            entry.prompt_logprobs.extend(gained.prompt_logprobs[:missing])
+            entry.prompt_logprobs.extend(gained.prompt_logprobs)
         seq.num_computed += row.num_new + gained.num_accepted
         delta = self._extend(entry, gained) if tokens else None
         self.pool.publish(seq, entry.chain)
@@ -372,8 +371,6 @@ class Scheduler:
         )
         entry.prompt_logprobs = None
         if seq.finished:
-            # Accepted nodes behind the end are computed but not committed.
-            seq.num_computed = min(seq.num_computed, seq.num_tokens)
             delta.finish_reason, delta.stop_token_id = seq.finish_reason, seq.stop_token_id
         if seq.finished or seq.request.report_usage:
             delta.usage = usage

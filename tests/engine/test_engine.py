@@ -131,7 +131,8 @@ class Schedules(RuleBasedStateMachine):
     def whole(self) -> None:
         self.engine.scheduler.check_integrity()
         assert all(entry.seq.block_ids for entry in self.engine.scheduler.running)
-        assert not any(entry.seq.block_ids for entry in self.engine.scheduler.waiting)
+        assert not any(entry.seq.block_ids or entry.seq.num_computed for entry in self.engine.scheduler.waiting)
+        assert len(self.engine.scheduler.running) <= min(self.limit, self.engine.info.max_num_seqs)
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
