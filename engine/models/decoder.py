@@ -55,7 +55,9 @@ class DecoderLayer:
 class Decoder:
     """Token ids -> hidden states -> logits. Raises ValueError when a weight is missing."""
 
-    def __init__(self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device
+    ) -> None:
         self.config, self.dtype, self.device = config, dtype, device
         self.weight_bytes = 0
         self.layers: list[DecoderLayer] = []
@@ -135,7 +137,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     hf = LlamaConfig(
-        hidden_size=config.hidden_size,
+        hidden_size=config.num_heads * config.head_dim,  # only head_dim counts, but the class wants them to agree
         num_attention_heads=config.num_heads,
         head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,
