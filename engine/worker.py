@@ -80,6 +80,7 @@ class Worker:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             load_seconds=time.perf_counter() - started,
+            eos_ids=sorted(self.eos_ids),
         )
 
     @torch.inference_mode()
