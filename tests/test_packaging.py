@@ -6,11 +6,15 @@ import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
+
+import pytest
 
 from engine.protocols import Observed
 from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
 from engine.tree import Verdict
+from server.config import ServerConfig, flag, parse
 from tests import models
 
 PROJECT = tomllib.loads((models.ROOT / "pyproject.toml").read_text())["project"]
@@ -31,6 +35,20 @@ def test_every_dependency_is_pinned() -> None:
 
 def test_pins_are_plain_public_versions() -> None:
     assert [line for line in PINS if not re.fullmatch(r"[A-Za-z0-9._-]+==[A-Za-z0-9.]+", line)] == []
+
+
+def test_the_readme_lists_every_flag() -> None:
+    rows = ["| flag | default | meaning |", "|---|---|---|"]
+    for name, field in ServerConfig.model_fields.items():
+        default = ",".join(field.default) if isinstance(field.default, list) else field.default
+        shown = "" if default in (None, "") else f"`{default}`"
+        rows.append(f"| `{'MODEL' if name == 'model' else flag(name)}` | {shown} | {field.description} |")
+    assert "\n".join(rows) in (models.ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("path", sorted((models.ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_preset_is_a_valid_config(path: Path) -> None:
+    assert parse(["--config", str(path)]).engine_config("m").model == "m"
 
 
 def test_transformers_models_import_beside_our_kernels() -> None:
