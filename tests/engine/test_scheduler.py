@@ -315,7 +315,7 @@ def test_a_newcomer_leaves_a_block_for_each_running_sequence_to_grow_into() -> N
     bench.add("a", 4, 20, ignore_eos=True)
     bench.add("b", 4, 20, ignore_eos=True)
     bench.step()
-    bench.add("c", 20, 4)  # 5 blocks of the 6 that are free
+    bench.add("c", 16, 4)  # the 4 blocks that are free by then
     bench.step()
     assert bench.running() == ["a", "b"]
     bench.engine.abort("a")
