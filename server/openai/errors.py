@@ -95,7 +95,12 @@ def from_status(status: int, message: str, headers: dict[str, str] | None) -> Ap
 
 # ---- pydantic's complaints -----------------------------------------------------------------------------------------
 
-_CODES = {"missing": "missing_required_parameter", "extra_forbidden": "unknown_parameter"}
+_CODES = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "unknown_field": "unknown_parameter",
+    "unsupported": "unsupported_parameter",
+}
 
 
 def from_validation(error: ValidationError) -> ApiError:
@@ -104,23 +109,20 @@ def from_validation(error: ValidationError) -> ApiError:
     kind, message = detail["type"], detail["msg"].removeprefix("Value error, ")
     if kind == "json_invalid":
         return invalid(f"The request body is no valid JSON: {message.removeprefix('Invalid JSON: ')}.", None, "invalid_json")
-    param = path(detail["loc"])
+    loc = detail["loc"]
+    if kind == "unknown_field":  # raised by the object that holds it, so the location ends there
+        loc = (*loc, detail["ctx"]["name"])
+    param = path(loc)
     if kind == "missing":
         message = f"Missing required parameter: '{param}'."
-    elif kind == "extra_forbidden":
+    elif kind in ("extra_forbidden", "unknown_field"):
         message = f"Unknown parameter: '{param}'."
     else:
         message = f"Invalid '{param}': {message}." if param else f"Invalid request: {message}."
-    return invalid(message, param, _CODES.get(kind) or _code(kind))
+    return invalid(message, param, _CODES.get(kind) or ("invalid_type" if kind.endswith("_type") else "invalid_value"))
 
 
 def path(loc: tuple[int | str, ...]) -> str | None:
     """("messages", 0, "content") -> messages[0].content; None for the body itself."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc)
     return text.removeprefix(".")[:200] or None
-
-
-def _code(kind: str) -> str:
-    if kind == "unsupported":
-        return "unsupported_parameter"
-    return "invalid_type" if kind.endswith("_type") else "invalid_value"

@@ -4,31 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
+from server.openai.strict import Pairs, Strict
 from server.openai.unsupported import only
 
 MAX_MESSAGES = 4096
 MAX_PARTS = 1024
 
 
-class Strict(BaseModel):
-    """Nothing is converted and nothing is ignored."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
-
-
 class TextPart(Strict):
     type: Literal["text"]
     text: str
-    prompt_cache_breakpoint: dict[str, str] | None = None  # a hint; our prefix cache needs none
+    prompt_cache_breakpoint: Pairs | None = None  # a hint; our prefix cache needs none
 
 
 def _as_parts(value: object) -> object:
     return [TextPart(type="text", text=value)] if isinstance(value, str) else value
 
 
-Text = Annotated[list[TextPart], BeforeValidator(_as_parts), Field(min_length=1, max_length=MAX_PARTS)]
+Text = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), BeforeValidator(_as_parts)]
 
 
 class Message(Strict):
@@ -51,4 +46,4 @@ class Message(Strict):
         return message if self.name is None else message | {"name": self.name}
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from server.openai.messages import Strict, Text
+from server.openai.messages import Text
+from server.openai.strict import Strict
 
 
 class Prediction(Strict):

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 from engine.request import Request, SamplingParams
 from server.openai.choice import TextRules
 from server.openai.errors import invalid
-from server.openai.messages import Strict
+from server.openai.strict import Strict
 from server.openai.token_ids import check_ids
 from server.openai.unsupported import only
 
@@ -55,7 +55,9 @@ def _unpadded(value: str) -> str:
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+Biases = Annotated[dict[int, Bias], Field(max_length=MAX_BIASES)]
 TokenId = Annotated[int, Field(ge=0, lt=INT32)]  # below the vocabulary too; that is checked when the vocabulary is known
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS), AfterValidator(_unpadded)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -72,13 +74,13 @@ class SamplingFields(Strict):
     n: int | None = Field(None, ge=1, le=MAX_N)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[list[Stop] | None, BeforeValidator(_as_list), Field(max_length=MAX_STOPS)] = None
+    stop: Annotated[Stops | None, BeforeValidator(_as_list)] = None
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[int, Bias] | None, BeforeValidator(_biases), Field(max_length=MAX_BIASES)] = None
+    logit_bias: Annotated[Biases | None, BeforeValidator(_biases)] = None
     user: str | None = None
     # beyond OpenAI, as in vLLM
     top_k: int | None = Field(None, ge=-1, lt=INT32)
@@ -86,8 +88,8 @@ class SamplingFields(Strict):
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     min_tokens: int | None = Field(None, ge=0, lt=INT32)
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS)] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS, fail_fast=True)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1, fail_fast=True)] | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     include_stop_str_in_output: bool | None = None

@@ -11,6 +11,7 @@ from server.openai.errors import invalid
 from server.openai.messages import Messages
 from server.openai.prediction import Prediction
 from server.openai.sampling import INT32, MAX_TOP_LOGPROBS, SamplingFields
+from server.openai.strict import Pairs
 from server.openai.token_ids import all_integers
 from server.openai.unsupported import only
 
@@ -32,16 +33,16 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     # OpenAI's, and without effect on the answer
-    metadata: dict[str, str] | None = None
+    metadata: Pairs | None = None
     store: bool | None = None
     parallel_tool_calls: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "24h"] | None = None
-    prompt_cache_options: dict[str, str] | None = None
+    prompt_cache_options: Pairs | None = None
     # OpenAI's, and not implemented
     service_tier: Annotated[str | None, only("auto", "default")] = None
-    response_format: Annotated[dict[str, str] | None, only({"type": "text"})] = None
+    response_format: Annotated[Pairs | None, only({"type": "text"})] = None
     tools: Annotated[list[None] | None, only([])] = None
     tool_choice: Annotated[str | None, only("none", "auto")] = None
     functions: Annotated[list[None] | None, only([])] = None

@@ -17,7 +17,6 @@ from server.openai.errors import ApiError, internal, timed_out
 
 log = logging.getLogger(__name__)
 
-LAST_WORDS_SECONDS = 5.0  # a client that does not read must not hold its slot
 DONE = b"data: [DONE]\n\n"
 Result = TypeVar("Result")
 
@@ -74,6 +73,7 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    last_words_seconds = 5.0  # a client that does not read must not hold its slot
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class EventStream(Response):
                 raise
             self.on_failure(failure)
             if isinstance(failure, ApiError):
-                await _last_words(failure, send)
+                await self._last_words(failure, send)
         finally:
             self.on_close()
 
@@ -123,8 +123,7 @@ class EventStream(Response):
         self.started = True
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
-
-async def _last_words(error: ApiError, send: Send) -> None:
-    with contextlib.suppress(TimeoutError, OSError):
-        async with asyncio.timeout(LAST_WORDS_SECONDS):
-            await send({"type": "http.response.body", "body": event(error.body()), "more_body": False})
+    async def _last_words(self, error: ApiError, send: Send) -> None:
+        with contextlib.suppress(TimeoutError, OSError):
+            async with asyncio.timeout(self.last_words_seconds):
+                await send({"type": "http.response.body", "body": event(error.body()), "more_body": False})

@@ -11,9 +11,10 @@ from pydantic_core import PydanticCustomError
 from server.frontend import Frontend, frontend
 from server.openai import body
 from server.openai.errors import invalid
-from server.openai.messages import Messages, Strict
+from server.openai.messages import Messages
 from server.openai.prompts import encode, encode_chat, template_options
 from server.openai.sampling import or_else
+from server.openai.strict import Strict
 from server.openai.token_ids import all_integers, check_ids
 
 router = APIRouter()
