@@ -43,9 +43,9 @@ def create_app(config: ServerConfig, client: EngineClient, tokenizer: Tokenizer)
     # The last added is the outermost.
     if config.api_key:
         app.add_middleware(RequireKey, keys=config.api_key)
+    app.add_middleware(Shield, metrics=front.metrics)
     if config.cors_allow_origins:
         app.add_middleware(Cors, origins=config.cors_allow_origins)
-    app.add_middleware(Shield, metrics=front.metrics)
     app.add_middleware(RequestId)
     return app
 

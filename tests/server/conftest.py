@@ -69,7 +69,9 @@ async def make_api(tokenizer: Tokenizer) -> AsyncIterator[ApiFactory]:
     opened = []
 
     def make(*texts: str, tokens_per_step: int = 1, eos: bool = True, **settings: Any) -> Api:
-        engine = FakeEngineClient(says(tokenizer, *(texts or ("Hello there, friend.",)), eos=eos), tokenizer.eos_ids, tokens_per_step)
+        engine = FakeEngineClient(
+            says(tokenizer, *(texts or ("Hello there, friend.",)), eos=eos), tokenizer.eos_ids, tokens_per_step
+        )
         app = create_app(ServerConfig(served_model_name=MODEL, **settings), engine, tokenizer)  # type: ignore[arg-type]
         http = httpx.AsyncClient(transport=httpx.ASGITransport(app, raise_app_exceptions=False), base_url="http://test")
         opened.append(http)

@@ -75,7 +75,9 @@ async def test_the_last_token_id_is_one(api: Api) -> None:
     error(await api.complete(prompt=[100]), 400, "invalid_value", "prompt")
 
 
-@pytest.mark.parametrize("key", ["-1", str(VOCAB), str(2**31), str(2**63), str(HUGE), "NaN", "1.5", "", " 5", "05", "+5", "x", "٥"])
+@pytest.mark.parametrize(
+    "key", ["-1", str(VOCAB), str(2**31), str(2**63), str(HUGE), "NaN", "1.5", "", " 5", "05", "+5", "x", "٥"]
+)
 async def test_no_key_of_logit_bias(api: Api, key: str) -> None:
     await refused(api, "/v1/chat/completions", "logit_bias", {key: 1})
 
@@ -113,7 +115,10 @@ async def test_no_prompt(api: Api, prompt: Any) -> None:
         ([{"role": "tool", "content": "Hi", "tool_call_id": "1"}], "messages[0].role"),
         ([{"role": "wizard", "content": "Hi"}], "messages[0].role"),
         ([{"role": "user", "content": "Hi", "mood": "good"}], "messages[0].mood"),
-        ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x", "tool_calls": [{}]}], "messages[1].tool_calls"),
+        (
+            [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "x", "tool_calls": [{}]}],
+            "messages[1].tool_calls",
+        ),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]}], "messages[0].content[0].type"),
         ([{"role": "user", "content": [{"type": "text"}]}], "messages[0].content[0].text"),
         ([{"role": "user", "content": "Hi"}] * 5000, "messages"),
@@ -197,7 +202,9 @@ async def test_fields_that_contradict_each_other(api: Api) -> None:
     error(await api.chat(max_tokens=5, max_completion_tokens=6), 400, param="max_tokens")
     error(await api.chat(min_tokens=6, max_tokens=5), 400, param="min_tokens")
     error(await api.chat(add_generation_prompt=True, continue_final_message=True), 400, param="continue_final_message")
-    error(await api.chat(stream=True, stream_options={"include_obfuscation": True}), 400, param="stream_options.include_obfuscation")
+    error(
+        await api.chat(stream=True, stream_options={"include_obfuscation": True}), 400, param="stream_options.include_obfuscation"
+    )
     error(await api.complete(prompt=["a"] * 257), 400, param="prompt")
     error(await api.complete(prompt=["a"] * 100, n=100), 400, param="n")
     assert api.engine.requests == []
@@ -265,7 +272,12 @@ async def test_no_json(api: Api, body: bytes) -> None:
 
 async def test_an_error_repeats_nothing_large(api: Api) -> None:
     name = "x" * 100_000
-    for response in (await api.chat(**{name: 1}), await api.chat(model=name), await api.chat(stop=[name]), await api.http.get(name[:9999])):
+    for response in (
+        await api.chat(**{name: 1}),
+        await api.chat(model=name),
+        await api.chat(stop=[name]),
+        await api.http.get(name[:9999]),
+    ):
         assert len(response.content) < 1000
 
 

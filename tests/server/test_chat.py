@@ -55,7 +55,14 @@ async def test_an_assistant_message_can_be_continued(api: Api) -> None:
 
 
 async def test_an_sdk_answer_is_accepted_as_history(api: Api) -> None:
-    answer = {"role": "assistant", "content": "Hi", "refusal": None, "tool_calls": None, "function_call": None, "annotations": None}
+    answer = {
+        "role": "assistant",
+        "content": "Hi",
+        "refusal": None,
+        "tool_calls": None,
+        "function_call": None,
+        "annotations": None,
+    }
     assert (await api.chat(messages=[{"role": "user", "content": "Hi"}, answer])).status_code == 200
 
 

@@ -139,7 +139,9 @@ async def test_stop_strings_of_one_prompt_end_it_in_the_engine(make_api: ApiFact
     assert api.engine.aborted == [api.engine.requests[0].request_id]
 
 
-@pytest.mark.parametrize(("best_of", "n", "status"), [(1, 1, 200), (2, 2, 200), (None, 3, 200), (2, 1, 400), (1, 2, 400), (0, 1, 400)])
+@pytest.mark.parametrize(
+    ("best_of", "n", "status"), [(1, 1, 200), (2, 2, 200), (None, 3, 200), (2, 1, 400), (1, 2, 400), (0, 1, 400)]
+)
 async def test_best_of_only_where_it_changes_nothing(api: Api, best_of: int | None, n: int, status: int) -> None:
     response = await api.complete(best_of=best_of, n=n)
     assert response.status_code == status

@@ -1,0 +1,179 @@
+"""/metrics: what is counted, and that it never goes backwards."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from engine.messages import EngineStats
+from server.histogram import Histogram
+from server.metrics import ENGINE_COUNTERS, HISTOGRAMS, PREFIX
+from tests.server.conftest import Api, ApiFactory, error
+
+LABEL = {"model_name": "fake"}
+
+
+async def scrape(api: Api) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    response = await api.http.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain")
+    families = text_string_to_metric_families(response.text)
+    return {
+        (sample.name.removeprefix(PREFIX), frozenset(sample.labels.items() - LABEL.items())): sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name.startswith(PREFIX)
+    }
+
+
+def of(samples: Any, name: str, **labels: str) -> float:
+    return samples[name, frozenset(labels.items())]
+
+
+VLLM_NAMES = """
+num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries_total prefix_cache_hits_total
+num_preemptions_total prompt_tokens_total generation_tokens_total request_success_total corrupted_requests_total
+spec_decode_num_drafts_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
+spec_decode_draft_seconds_total spec_decode_verify_seconds_total spec_decode_forward_seconds_total
+""".split()
+
+
+async def test_every_name_is_there_from_the_start(api: Api) -> None:
+    names = {name for name, _ in await scrape(api)}
+    assert set(VLLM_NAMES) <= names
+    assert {f"{name}_count" for name in HISTOGRAMS} <= names
+    assert {f"{name}_total" for name in ENGINE_COUNTERS} <= names
+    text = (await api.http.get("/metrics")).text
+    assert "process_resident_memory_bytes" in text
+    assert all(f"# HELP {PREFIX}{name} " in text for name in HISTOGRAMS)
+    open_metrics = await api.http.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert open_metrics.text.endswith("# EOF\n")
+
+
+async def test_the_engine_s_numbers(api: Api) -> None:
+    stats = EngineStats(
+        steps=10,
+        running=3,
+        waiting=2,
+        blocks_used=16,
+        blocks_total=64,
+        prompt_tokens=100,
+        generation_tokens=50,
+        prefix_cache_queries=100,
+        prefix_cache_hits=40,
+        preemptions=1,
+        num_drafts=9,
+        num_draft_tokens=30,
+        num_accepted_tokens=20,
+        num_accepted_tokens_per_pos=[9, 7, 4],
+        draft_tokens_by_drafter={"ngram": 30},
+        drafter_fallbacks={"raised": 1},
+        seconds_draft=0.5,
+        seconds_verify=0.25,
+        draft_nodes=[0, 3, 3],
+        iteration_tokens=[1, 4, 4],
+    )
+    api.engine.stats = stats
+    assert api.engine.on_stats is not None
+    api.engine.on_stats(stats)
+    samples = await scrape(api)
+    await scrape(api)  # looking changes nothing
+    assert (of(samples, "num_requests_running"), of(samples, "num_requests_waiting")) == (3, 2)
+    assert of(samples, "kv_cache_usage_perc") == 0.25
+    assert of(samples, "generation_tokens_total") == 50
+    assert of(samples, "prefix_cache_hits_total") == 40
+    assert [of(samples, "spec_decode_num_accepted_tokens_per_pos_total", position=str(i)) for i in range(3)] == [9, 7, 4]
+    assert of(samples, "spec_decode_draft_tokens_by_drafter_total", drafter="ngram") == 30
+    assert of(samples, "drafter_fallbacks_total", reason="raised") == 1
+    assert of(samples, "spec_decode_draft_seconds_total") == 0.5
+    assert of(samples, "spec_decode_draft_nodes_count") == 3
+    assert of(samples, "spec_decode_draft_nodes_sum") == 6
+    assert of(samples, "iteration_tokens_total_sum") == 9
+
+
+async def test_counters_go_on_after_an_engine_restart(api: Api) -> None:
+    engine, observe = api.engine, api.engine.on_stats
+    assert observe is not None
+
+    def lives(*stats: EngineStats) -> None:
+        for one in stats:
+            engine.stats = one
+            observe(one)
+
+    table = {"ngram": 1}
+    lives(EngineStats(steps=5, generation_tokens=100, num_accepted_tokens_per_pos=[5, 2], draft_tokens_by_drafter=table))
+    engine.stats = EngineStats()  # the client between two lives
+    seen = await scrape(api)
+    assert of(seen, "generation_tokens_total") == 100
+    engine.restarts = 1
+    lives(EngineStats(steps=9, generation_tokens=130, num_accepted_tokens_per_pos=[1], draft_tokens_by_drafter=table))
+    seen = await scrape(api)
+    assert of(seen, "generation_tokens_total") == 230
+    assert of(seen, "engine_steps_total") == 14
+    assert of(seen, "spec_decode_num_accepted_tokens_per_pos_total", position="0") == 6
+    assert of(seen, "spec_decode_num_accepted_tokens_per_pos_total", position="1") == 2
+    assert of(seen, "spec_decode_draft_tokens_by_drafter_total", drafter="ngram") == 2
+    assert of(seen, "engine_restarts_total") == 1
+
+
+async def test_requests_are_measured(make_api: ApiFactory) -> None:
+    api = make_api("one two three four", tokens_per_step=2)
+    await api.chat(max_tokens=4)
+    await api.chat(n=2, stream=True)
+    samples = await scrape(api)
+    assert of(samples, "request_success_total", finished_reason="length") == 1
+    assert of(samples, "request_success_total", finished_reason="stop") == 2
+    assert of(samples, "request_success_total", finished_reason="abort") == 0
+    assert of(samples, "time_to_first_token_seconds_count") == 3
+    assert of(samples, "inter_token_latency_seconds_count") == 2 + 2 * 3  # 4 tokens in 2 steps; 5 tokens in 3 steps, twice
+    assert of(samples, "request_generation_tokens_sum") == 4 + 5 + 5
+    assert of(samples, "request_params_n_sum") == 3
+    assert of(samples, "request_params_max_tokens_sum") > 4
+    assert of(samples, "request_prompt_tokens_count") == 2
+    assert of(samples, "e2e_request_latency_seconds_count") == 3
+    assert of(samples, "request_queue_time_seconds_count") == 3
+    assert of(samples, "request_prefill_time_seconds_count") == 3
+    assert of(samples, "request_decode_time_seconds_count") == 3
+    assert of(samples, "requests_in_flight") == 0
+
+
+async def test_refusals_are_counted_by_code(api: Api) -> None:
+    error(await api.chat(n=0), 400)
+    error(await api.chat(model="x"), 404)
+    error(await api.chat(model="x"), 404)
+    error(await api.http.get("/nothing"), 404)
+    samples = await scrape(api)
+    assert of(samples, "rejected_requests_total", status="400", code="invalid_value") == 1
+    assert of(samples, "rejected_requests_total", status="404", code="model_not_found") == 2
+    assert of(samples, "rejected_requests_total", status="404", code="not_found") == 1
+
+
+async def test_requests_in_flight(api: Api) -> None:
+    gate = api.engine.gate = asyncio.Semaphore(0)
+    task = asyncio.create_task(api.chat())
+    await api.engine.until(lambda: api.engine.num_inflight == 1)
+    assert of(await scrape(api), "requests_in_flight") == 1
+    for _ in range(100):
+        gate.release()
+    await task
+    assert of(await scrape(api), "requests_in_flight") == 0
+
+
+async def test_two_apps_share_nothing(make_api: ApiFactory) -> None:
+    one, other = make_api(), make_api()
+    await one.chat()
+    assert of(await scrape(one), "request_success_total", finished_reason="stop") == 1
+    assert of(await scrape(other), "request_success_total", finished_reason="stop") == 0
+
+
+def test_a_histogram_counts_like_prometheus() -> None:
+    histogram = Histogram("h", "help", (1.0, 2.0, 5.0))
+    for value, count in ((0.5, 1), (1.0, 2), (1.5, 1), (9.0, 3)):
+        histogram.observe(value, count)
+    samples = {sample.labels.get("le", sample.name): sample.value for sample in histogram.family({}).samples}
+    assert samples == {"1.0": 3, "2.0": 4, "5.0": 4, "+Inf": 7, "h_count": 7, "h_sum": 0.5 + 2.0 + 1.5 + 27.0}
+    with pytest.raises(ValueError, match="rise"):
+        Histogram("h", "help", (1.0, 1.0))

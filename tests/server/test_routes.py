@@ -1,0 +1,119 @@
+"""Models, version, tokenize, detokenize, health."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.config import ServerConfig
+from server.frontend import model_name
+from tests.server.conftest import Api, ApiFactory, error
+
+
+async def test_models(api: Api) -> None:
+    body = (await api.http.get("/v1/models")).json()
+    (model,) = body["data"]
+    assert body["object"] == "list"
+    assert model == {
+        "id": "fake",
+        "object": "model",
+        "created": model["created"],
+        "owned_by": "outrider",
+        "max_model_len": 512,
+    }
+    assert (await api.http.get("/v1/models/fake")).json() == model
+
+
+async def test_a_model_s_name_may_hold_a_slash(make_api: ApiFactory) -> None:
+    api = make_api()
+    api.app.state.frontend.model = "org/name"
+    assert (await api.http.get("/v1/models/org/name")).json()["id"] == "org/name"
+    assert (await api.http.get("/v1/models/org%2Fname")).json()["id"] == "org/name"
+
+
+def test_how_a_model_is_named(tmp_path: Any) -> None:
+    path = tmp_path / "SmolLM2.Q4_1.gguf"
+    path.touch()
+    assert model_name(ServerConfig(model=str(path))) == "SmolLM2.Q4_1"
+    assert model_name(ServerConfig(model=str(path), served_model_name="mine")) == "mine"
+    assert model_name(ServerConfig(model="org/name")) == "org/name"
+
+
+async def test_version(api: Api) -> None:
+    assert set((await api.http.get("/version")).json()) == {"version"}
+
+
+async def test_tokenize_a_text(api: Api) -> None:
+    body = (await api.post("/tokenize", {"model": "fake", "prompt": "Hello there"})).json()
+    ids = api.tokenizer.encode("Hello there")
+    assert body == {"count": len(ids), "max_model_len": 512, "tokens": ids, "token_strs": None}
+    body = (await api.post("/tokenize", {"prompt": "Hello there", "return_token_strs": True})).json()
+    assert body["token_strs"] == ["Hello", " there"]
+    long = (await api.post("/tokenize", {"prompt": "word " * 2000})).json()  # counting is not limited by the context
+    assert long["count"] > 2000
+    assert (await api.post("/tokenize", {"prompt": ""})).json()["tokens"] == []
+
+
+async def test_tokenize_messages(api: Api) -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    body = (await api.post("/tokenize", {"messages": messages})).json()
+    await api.chat(messages=messages)
+    assert body["tokens"] == api.request().prompt_ids
+    shorter = (await api.post("/tokenize", {"messages": messages, "add_generation_prompt": False})).json()
+    assert shorter["count"] < body["count"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": "x", "messages": [{"role": "user", "content": "x"}]}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": "x", "extra": 1}, "extra"),
+        ({"messages": []}, "messages"),
+        ({"prompt": "x", "continue_final_message": True}, "continue_final_message"),
+        ({"messages": [{"role": "user", "content": "x"}], "add_special_tokens": True}, "add_special_tokens"),
+    ],
+)
+async def test_bad_tokenize(api: Api, body: dict[str, Any], param: str) -> None:
+    error(await api.post("/tokenize", body), 400, param=param)
+
+
+async def test_detokenize_undoes_tokenize(api: Api) -> None:
+    for text in ("Hello there", "Naïve 🙂 café", "<|im_start|>user"):
+        ids = (await api.post("/tokenize", {"prompt": text})).json()["tokens"]
+        assert (await api.post("/detokenize", {"model": "fake", "tokens": ids})).json() == {"prompt": text}
+    assert (await api.post("/detokenize", {"tokens": []})).json() == {"prompt": ""}
+
+
+@pytest.mark.parametrize("tokens", [None, "x", 5, [-1], [49152], [2**63], [10**400], ["1"], [1.5], [True], [None], [[1]], {}])
+async def test_bad_detokenize(api: Api, tokens: Any) -> None:
+    import json
+
+    response = await api.http.post(
+        "/detokenize", content=json.dumps({"tokens": tokens}), headers={"content-type": "application/json"}
+    )
+    error(response, 400, param="tokens")
+
+
+async def test_health(api: Api) -> None:
+    async def statuses() -> list[int]:
+        return [(await api.http.get(path)).status_code for path in ("/live", "/ready", "/health")]
+
+    assert await statuses() == [200, 200, 200]
+    api.engine.ready = False  # starting, or starting again
+    assert await statuses() == [200, 503, 503]
+    api.engine.live = False  # gone for good
+    assert await statuses() == [503, 503, 503]
+    api.engine.ready = api.engine.live = True
+    api.app.state.frontend.admission.drain()
+    assert await statuses() == [200, 503, 200]
+    for path in ("/live", "/ready", "/health"):
+        assert (await api.http.post(path)).status_code == 405
+    assert api.engine.requests == []  # a probe never makes work
+
+
+async def test_the_openapi_document_names_every_route(api: Api) -> None:
+    paths = (await api.http.get("/openapi.json")).json()["paths"]
+    assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/metrics"} <= set(paths)
