@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.models.config import ModelConfig
 from engine.models.fallback import FallbackModel
 from engine.models.loader import load_config
 from tests import models
@@ -241,6 +241,10 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not know this model"):
         load(path)
     assert not trap.exists()
+    # of a family that transformers knows, its own class is taken
+    (path / "config.json").write_text(config.replace('"model_type": "evil"', '"model_type": "phi"'))
+    assert type(load(path).model).__name__ == "PhiForCausalLM"
+    assert not trap.exists()
 
 
 def test_pickled_weights_are_not_opened(tmp_path: Path) -> None:
@@ -256,12 +260,20 @@ def test_only_directories(smollm2_gguf: Path) -> None:
         load(smollm2_gguf)
 
 
-def test_a_config_that_the_weights_contradict(tmp_path: Path) -> None:
-    import msgspec
-
-    _, path = build("Olmo2", {}, tmp_path)
-    config: ModelConfig = msgspec.structs.replace(load_config(str(path)), num_kv_heads=4)
-    with pytest.raises(ValueError, match="do not fit its config"):
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_kv_heads": 4}, "do not fit its config"),
+        ({"num_layers": 3}, "only 2 of 3 layers attend"),
+        ({"sliding_window": 9}, "layer 0 has a sliding window of 6, the config says 9"),
+        ({"sliding_window": None}, "layer 0 has a sliding window of 6, the config says None"),
+        ({"vocab_size": 95}, "not one per vocabulary entry"),
+    ],
+)
+def test_a_config_that_the_model_contradicts(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    _, path = build("Phi3", SERVED["Phi3"], tmp_path)
+    config = msgspec.structs.replace(load_config(str(path)), **changes)
+    with pytest.raises(ValueError, match=words):
         FallbackModel(str(path), config, torch.float32, CPU)
 
 
