@@ -18,8 +18,8 @@ from engine.protocols import NO_SIGNALS, Observed, Siblings
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
 
-# Output tokens that must be found again. A shortest match of 2 takes 2 to 6% fewer steps than one of 3 where a variable was renamed
-# or lines were inserted or deleted (80 HumanEval solutions, edited by script, budget 8); 1 gains little and errs more.
+# Output tokens that must be found again. A shortest match of 2 takes 2 to 6% fewer steps than one of 3 where a variable was
+# renamed or lines were inserted or deleted (80 HumanEval solutions, edited by script, budget 8); 1 gains little and errs more.
 LONGEST, SHORTEST = 8, 2
 WINDOW = 64  # predicted tokens behind the cursor that still count as near
 PLACES = 32  # occurrences of one n-gram looked at
