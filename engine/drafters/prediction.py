@@ -23,7 +23,7 @@ from engine.tree import DraftForest, Verdict
 LONGEST, SHORTEST = 8, 2
 WINDOW = 64  # predicted tokens behind the cursor that still count as near
 PLACES = 32  # occurrences of one n-gram looked at
-LONGEST_PAUSE = 64
+LONGEST_PAUSE = 32
 
 
 class PredictionDrafter:
@@ -63,6 +63,7 @@ class _Cursor:
         self._at = 0  # the predicted token that should come next
         self._aligned = True
         self._trust = LONGEST  # tokens in a row that speak for the place
+        self._held = LONGEST  # those of them that came after the place was chosen
         self._pause = 0
         self._next_pause = 1
         self._places: dict[tuple[int, ...], list[int]] = {}
@@ -82,24 +83,26 @@ class _Cursor:
     def _step(self, tokens: list[int], end: int) -> None:
         """Take in tokens[end - 1]."""
         if self._aligned and self._prediction[self._at : self._at + 1] == tokens[end - 1 : end]:
-            self._at += 1
-            self._trust += 1
-            if self._trust >= LONGEST:
+            self._settle(self._at + 1, self._trust + 1, self._held + 1)
+            if self._held >= LONGEST:
                 self._next_pause = 1
             return
-        trusted = self._trust if self._aligned else 0
-        if self._aligned and trusted < SHORTEST:
+        replaced = self._aligned and self._trust >= LONGEST
+        if self._aligned and self._held == 0:
             self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, LONGEST_PAUSE)
-        self._aligned, self._trust = False, 0
+        self._aligned = False
         if self._pause:
             self._pause -= 1
             return
         place, matched = self._find(tokens, end)
         if matched:
-            self._at, self._trust, self._aligned = place, matched, True
-        elif trusted >= LONGEST:
+            self._settle(place, matched)
+        elif replaced:
             # Most often one token was replaced, as in a renamed variable: go on behind it, with little trust.
-            self._at, self._trust, self._aligned = self._at + 1, 1, True
+            self._settle(self._at + 1, 1)
+
+    def _settle(self, place: int, trust: int, held: int = 0) -> None:
+        self._at, self._trust, self._held, self._aligned = place, trust, held, True
 
     def _find(self, tokens: list[int], end: int) -> tuple[int, int]:
         """The place right behind the longest match of the last output tokens, the nearest of several; (0, 0) if there is none."""
