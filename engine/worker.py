@@ -157,13 +157,18 @@ class Worker:
             result = RowResult(row.seq_id, tokens, forest.size(tree) - 1, forest.drafter[tree])
             if not tokens:
                 result.error = NOT_FINITE
-                self.kv.clear(seq.block_ids)
+                self._clear(seq)
             elif seq.params.logprobs is not None:
                 first = int(forest.start[tree])
                 rows = logits[[first, *(first + node for node in verdict.nodes[tree])]]
                 result.logprobs = token_logprobs(rows, tokens, seq.params.logprobs)
             results.append(result)
         return results
+
+    def _clear(self, seq: Sequence) -> None:
+        """Zero what a corrupted sequence wrote; blocks it shares were computed by somebody healthy and are still read."""
+        shared = {block for other in self.seqs.values() if other is not seq for block in other.block_ids}
+        self.kv.clear([block for block in seq.block_ids if block not in shared])
 
     def _prompt_logprobs(
         self, plan: StepPlan, seqs: list[Sequence], batch: ForwardBatch, hidden: torch.Tensor, results: list[RowResult]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
-from engine.models.layers import Linear, RMSNorm, RotaryTable
+from engine.models.layers import Head, Linear, RMSNorm, RotaryTable
 from kernels.reference import rope_, silu_mul
 
 # attend(layer, q [T, H, D], new [T, 2, K, D], scale) -> [T, H * D]: stores the keys and values, then attends.
@@ -79,7 +79,7 @@ class Decoder:
         return x, hidden
 
     def logits(self, x: Tensor) -> Tensor:
-        """Hidden states [R, C] -> logits [R, V] in the model's dtype."""
+        """Hidden states [R, C] -> float32 logits [R, V]."""
         return self.head(self.norm(x))
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -107,7 +107,7 @@ class Decoder:
         if pending or len(layers) != config.num_layers:
             raise ValueError(f"the checkpoint's layers are incomplete: {sorted(set(range(config.num_layers)) - set(layers))}")
         self.layers = [layers[i] for i in range(config.num_layers)]
-        self.head = Linear(self.embedding if head is None else head)
+        self.head = Head(Linear(self.embedding), self.embedding) if head is None else Head(Linear(head), None)
 
 
 def _fused(weights: dict[str, Tensor], names: list[str]) -> Linear:

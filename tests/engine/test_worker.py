@@ -77,3 +77,27 @@ def test_a_corrupted_row_leaves_its_batch_alone(worker: Worker, monkeypatch: pyt
     found = answers(make_engine(worker), [request("bad", PROMPT, max_tokens=6, temperature=0.0), *healthy])
     assert found.pop(("bad", 0)).finish_reason == "error"
     assert {key: answer.tokens for key, answer in found.items()} == {key: answer.tokens for key, answer in expected.items()}
+
+
+def test_blocks_that_a_corrupted_sequence_shares_are_kept(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sequences over one cached prefix: the healthy one still reads it after the other has ended in NaN."""
+    prompt = PROMPT * 3
+    healthy = request("ok", [*prompt, 28], max_tokens=8, temperature=0.0)
+    expected = answers(make_engine(worker), [healthy])
+    engine = make_engine(worker)
+    answers(engine, [request("warm", prompt, max_tokens=1)])  # publishes the prefix
+    real = worker.runner.node_logits
+
+    def poisoned(hidden: torch.Tensor, batch: ForwardBatch) -> torch.Tensor:
+        logits = real(hidden, batch)
+        if len(logits) == 2:
+            logits[0] = float("nan")
+            monkeypatch.setattr(worker.runner, "node_logits", real)
+        return logits
+
+    monkeypatch.setattr(worker.runner, "node_logits", poisoned)
+    found = answers(engine, [request("bad", [*prompt, 30], max_tokens=8), healthy])
+    assert found["bad", 0].finish_reason == "error"
+    usage = found["ok", 0].usage
+    assert usage is not None and usage.cached_tokens >= 48
+    assert found["ok", 0].tokens == expected["ok", 0].tokens
