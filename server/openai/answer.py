@@ -37,15 +37,15 @@ class Answer(ABC):
         """A finished choice of a body."""
 
     @abstractmethod
-    def opening(self, writer: Chunks, index: int, first: bool) -> bytes:
-        """What a stream says of a choice before its text; `first` of all choices. May be nothing."""
+    def opening(self, index: int) -> bytes | None:
+        """What a stream says of a choice before its text, as the choice of a chunk."""
 
     @abstractmethod
     def chunk_choice(self, fragment: Fragment) -> bytes:
         """A fragment as the choice of a chunk."""
 
     def beside_choices(self) -> dict[str, Any]:
-        """Further fields of a body."""
+        """Further fields of a body, and of a stream's first chunk."""
         return {}
 
     async def whole(self) -> dict[str, Any]:
@@ -66,12 +66,13 @@ class Answer(ABC):
         opened: set[int] = set()
         async with aclosing(self.generation.fragments()) as fragments:
             async for fragment in fragments:
+                usage = self.generation.usage() if running_usage else None
                 if fragment.choice not in opened:
-                    if opening := self.opening(writer, fragment.choice, not opened):
-                        yield opening
+                    if opening := self.opening(fragment.choice):
+                        yield writer.chunk(opening, usage, None if opened else self.beside_choices())
                     opened.add(fragment.choice)
                 if fragment.text or fragment.tokens or fragment.finish_reason:
-                    yield writer.chunk(self.chunk_choice(fragment), self.generation.usage() if running_usage else None)
+                    yield writer.chunk(self.chunk_choice(fragment), usage)
         if final_usage:
             yield writer.last(self.generation.usage())
         yield DONE

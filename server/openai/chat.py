@@ -76,9 +76,8 @@ class ChatAnswer(Answer):
     def beside_choices(self) -> dict[str, Any]:
         return self.prompt_extras(0)
 
-    def opening(self, writer: chunks.Chunks, index: int, first: bool) -> bytes:
-        role = chunks.choice(index, b'"delta":{"role":"assistant","content":""}', None, None, {})
-        return writer.first(role, self.prompt_extras(0)) if first else writer.chunk(role)
+    def opening(self, index: int) -> bytes:
+        return chunks.choice(index, b'"delta":{"role":"assistant","content":""}', None, None, {})
 
     def chunk_choice(self, fragment: Fragment) -> bytes:
         index, text, tokens, finish_reason = fragment

@@ -19,16 +19,12 @@ class Chunks:
         self._start = b"data: " + msgspec.json.encode(head)[:-1] + b',"choices":['
         self._end = b'],"usage":null}\n\n' if usage else b"]}\n\n"
 
-    def chunk(self, choice: bytes, usage: dict[str, Any] | None = None) -> bytes:
-        """One choice's news. `usage`: tokens so far, where a client wants them in every chunk."""
-        if usage is None:
+    def chunk(self, choice: bytes, usage: dict[str, Any] | None = None, extra: dict[str, Any] | None = None) -> bytes:
+        """One choice's news. `usage`: tokens so far, where a client wants them in every chunk; `extra`: further fields."""
+        if not (usage or extra):
             return self._start + choice + self._end
-        return self._start + choice + b'],"usage":' + msgspec.json.encode(usage) + b"}\n\n"
-
-    def first(self, choice: bytes, extra: dict[str, Any]) -> bytes:
-        """A chunk with further fields beside `choices`."""
-        fields = msgspec.json.encode(extra)[1:-1]
-        return self._start + choice + (b"]," + fields + self._end[1:] if fields else self._end)
+        fields = b"".join(b"," + msgspec.json.encode(part)[1:-1] for part in (extra, usage and {"usage": usage}) if part)
+        return self._start + choice + b"]" + fields + (b"}\n\n" if usage else self._end[1:])
 
     def last(self, usage: dict[str, Any]) -> bytes:
         """The chunk that only carries the usage."""

@@ -89,13 +89,13 @@ class CompletionAnswer(Answer):
             **self.prompt_extras(self._position(index)),
         }
 
-    def opening(self, writer: chunks.Chunks, index: int, first: bool) -> bytes:
+    def opening(self, index: int) -> bytes | None:
         extras = self.prompt_extras(self._position(index))
         if not (self.echo or extras):
-            return b""
+            return None
         text = self._prompt_text(index) if self.echo else ""
         shown = self._logprobs(index, self._prompt_tokens(index)) if self.echo else None
-        return writer.chunk(chunks.choice(index, chunks.completion_text(text), shown, None, extras))
+        return chunks.choice(index, chunks.completion_text(text), shown, None, extras)
 
     def chunk_choice(self, fragment: Fragment) -> bytes:
         index, text, tokens, finish_reason = fragment

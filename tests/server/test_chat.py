@@ -210,7 +210,8 @@ async def test_prompt_logprobs_and_token_ids(api: Api) -> None:
         assert len(entry) == 2
     chunks = events(await api.chat(return_token_ids=True, stream=True))
     assert chunks[0]["prompt_token_ids"] == prompt_ids
-    assert sum((chunk["choices"][0].get("token_ids", []) for chunk in chunks), []) == body["choices"][0]["token_ids"]
+    streamed = [token for chunk in chunks for token in chunk["choices"][0].get("token_ids", [])]
+    assert streamed == body["choices"][0]["token_ids"]
     error(await api.chat(prompt_logprobs=1, stream=True), 400, "invalid_value", "prompt_logprobs")
 
 

@@ -16,7 +16,7 @@ def join(chunks: list[dict[str, Any]], index: int = 0) -> dict[str, Any]:
     return {
         "text": "".join(part["text"] for part in parts),
         "finish_reason": parts[-1]["finish_reason"],
-        "logprobs": {name: sum((one[name] for one in lists), []) for name in lists[0]} if lists else None,
+        "logprobs": {name: [entry for one in lists for entry in one[name]] for name in lists[0]} if lists else None,
     }
 
 

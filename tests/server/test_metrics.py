@@ -33,17 +33,29 @@ def of(samples: Any, name: str, **labels: str) -> float:
     return samples[name, frozenset(labels.items())]
 
 
-VLLM_NAMES = """
-num_requests_running num_requests_waiting kv_cache_usage_perc prefix_cache_queries_total prefix_cache_hits_total
-num_preemptions_total prompt_tokens_total generation_tokens_total request_success_total corrupted_requests_total
-spec_decode_num_drafts_total spec_decode_num_draft_tokens_total spec_decode_num_accepted_tokens_total
-spec_decode_draft_seconds_total spec_decode_verify_seconds_total spec_decode_forward_seconds_total
-""".split()
+NAMES = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "num_preemptions_total",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "request_success_total",
+    "corrupted_requests_total",
+    "spec_decode_num_drafts_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total",
+    "spec_decode_draft_seconds_total",
+    "spec_decode_verify_seconds_total",
+    "spec_decode_forward_seconds_total",
+]
 
 
 async def test_every_name_is_there_from_the_start(api: Api) -> None:
     names = {name for name, _ in await scrape(api)}
-    assert set(VLLM_NAMES) <= names
+    assert set(NAMES) <= names
     assert {f"{name}_count" for name in HISTOGRAMS} <= names
     assert {f"{name}_total" for name in ENGINE_COUNTERS} <= names
     text = (await api.http.get("/metrics")).text
