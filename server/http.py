@@ -57,6 +57,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if not self._in_headers and self.cycle.response_complete:
+            self._expect_headers()  # of the next request: uvicorn's keep-alive time ends with the first byte
         if self._in_headers:
             self._header_bytes += len(data)
         super().data_received(data)
