@@ -79,15 +79,15 @@ def test_a_hub_id_that_cannot_be_reached(capsys: pytest.CaptureFixture[str], tmp
     assert done.stderr.count("\n") == 1
 
 
-def test_a_port_in_use(capsys: pytest.CaptureFixture[str], stories15m_dir: Path) -> None:
+def test_a_port_in_use(capsys: pytest.CaptureFixture[str], smollm2_gguf: Path) -> None:
     with bind("127.0.0.1", 0) as taken:
         port = taken.getsockname()[1]
-        message = complaint(capsys, "serve", str(stories15m_dir), "--port", str(port))
+        message = complaint(capsys, "serve", str(smollm2_gguf), "--port", str(port))
     assert message == f"outrider: error: cannot listen on 127.0.0.1 port {port}: Address already in use"
 
 
-def test_a_host_that_is_none(capsys: pytest.CaptureFixture[str], stories15m_dir: Path) -> None:
-    assert "--host not a host" in complaint(capsys, "serve", str(stories15m_dir), "--host", "not a host")
+def test_a_host_that_is_none(capsys: pytest.CaptureFixture[str], smollm2_gguf: Path) -> None:
+    assert "--host not a host" in complaint(capsys, "serve", str(smollm2_gguf), "--host", "not a host")
 
 
 def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
