@@ -189,10 +189,10 @@ def test_where_a_text_repeats_itself_the_cursor_stays_in_its_place() -> None:
     # The same four tokens stand before every value: a search alone would fall back to another of them.
     block = [5, 6, 7, 8]
     text = [token for value in range(20, 40) for token in (*block, value)]
-    edited = list(text)
-    edited[52] = 99
-    steps = replay(PredictionDrafter(), sequence([1], [], text), edited, budget=8)
-    assert steps <= -(-len(text) // 9) + 2
+    replaced = [*text[:52], 99, *text[53:]]
+    assert replay(PredictionDrafter(), sequence([1], [], text), replaced, budget=8) <= -(-len(text) // 9) + 2
+    inserted = [*text[:52], 99, 98, 97, *text[52:]]
+    assert replay(PredictionDrafter(), sequence([1], [], text), inserted, budget=8) <= -(-len(text) // 9) + 4
 
 
 def drafted(seq: Seq, output: Sequence[int]) -> int:

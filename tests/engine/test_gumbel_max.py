@@ -16,11 +16,11 @@ def full(scores: torch.Tensor, addresses: list[Address]) -> list[int]:
     return (scores.float() + gumbel(seeds, samples, positions, vocab_size=scores.shape[1])).argmax(-1).tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     vocab_size=st.sampled_from([1, 2, 7, 64, 1001]),
     scale=st.sampled_from([0.0, 0.1, 1.0, 5.0, 50.0, 1e5, 1e9]),
-    shift=st.sampled_from([0.0, -300.0, 1e4]),
+    shift=st.sampled_from([0.0, -300.0, 1.6e7]),  # at 1.6e7 float32 counts in ones: sums tie by rounding
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     masked=st.booleans(),
     seed=st.integers(0, 2**64 - 1),
