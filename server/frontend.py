@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from starlette.requests import HTTPConnection
@@ -12,6 +11,7 @@ from engine.messages import EngineInfo
 from server.admission import Admission
 from server.metrics import Metrics
 from server.openai.errors import model_not_found, unavailable
+from server.resolve import DEFAULT_NAME
 from server.version import VERSION
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Frontend:
         self.config = config
         self.client = client
         self.tokenizer = tokenizer
-        self.model = model_name(config)
+        self.model = config.served_model_name or config.model or DEFAULT_NAME  # what clients call it
         self.created = int(time.time())
         self.admission = Admission(config.max_queue)
         self.metrics = Metrics(self.model, client, self.admission)
@@ -59,14 +59,6 @@ class Frontend:
     def vocab_size(self) -> int:
         """Ids the model can embed and the tokenizer can name."""
         return min(self.info.vocab_size, self.tokenizer.vocab_size)
-
-
-def model_name(config: ServerConfig) -> str:
-    """What clients call the model: as configured, else the hub id, or the last part of a local path."""
-    if config.served_model_name:
-        return config.served_model_name
-    model = config.model or "default"
-    return Path(model).name.removesuffix(".gguf") if Path(model).exists() else model
 
 
 def frontend(connection: HTTPConnection) -> Frontend:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from server.config import ServerConfig
-from server.frontend import model_name
 from tests.server.conftest import Api, ApiFactory, error
 
 
@@ -30,14 +29,6 @@ async def test_a_model_s_name_may_hold_a_slash(make_api: ApiFactory) -> None:
     api.app.state.frontend.model = "org/name"
     assert (await api.http.get("/v1/models/org/name")).json()["id"] == "org/name"
     assert (await api.http.get("/v1/models/org%2Fname")).json()["id"] == "org/name"
-
-
-def test_how_a_model_is_named(tmp_path: Any) -> None:
-    path = tmp_path / "SmolLM2.Q4_1.gguf"
-    path.touch()
-    assert model_name(ServerConfig(model=str(path))) == "SmolLM2.Q4_1"
-    assert model_name(ServerConfig(model=str(path), served_model_name="mine")) == "mine"
-    assert model_name(ServerConfig(model="org/name")) == "org/name"
 
 
 async def test_version(api: Api) -> None:
@@ -89,8 +80,6 @@ async def test_detokenize_undoes_tokenize(api: Api) -> None:
 
 @pytest.mark.parametrize("tokens", [None, "x", 5, [-1], [49152], [2**63], [10**400], ["1"], [1.5], [True], [None], [[1]], {}])
 async def test_bad_detokenize(api: Api, tokens: Any) -> None:
-    import json
-
     response = await api.http.post(
         "/detokenize", content=json.dumps({"tokens": tokens}), headers={"content-type": "application/json"}
     )
