@@ -40,7 +40,7 @@ class Generation:
                     fragment = self._take(position, delta)
                     if fragment is not None:
                         yield fragment
-                        if all(choice.finish_reason for choice in self.choices):
+                        if fragment.finish_reason and all(choice.finish_reason for choice in self.choices):
                             break
             self._check_complete()
         except EngineDead as error:
