@@ -16,6 +16,7 @@ from server.frontend import Frontend, frontend
 from server.openai import chat, completions, models, tokenize
 from server.openai.errors import from_status
 from server.openai.shield import Shield
+from server.openapi import describe
 from server.request_id import RequestId
 from server.version import VERSION
 
@@ -39,6 +40,7 @@ def create_app(config: ServerConfig, client: EngineClient, tokenizer: Tokenizer)
     front = app.state.frontend = Frontend(config, client, tokenizer)
     for part in (chat.router, completions.router, models.router, tokenize.router, health.router, router):
         app.include_router(part)
+    describe(app)
     app.add_exception_handler(HTTPException, _framework_error)
     # The last added is the outermost.
     if config.api_key:

@@ -23,7 +23,11 @@ def _as_parts(value: object) -> object:
     return [TextPart(type="text", text=value)] if isinstance(value, str) else value
 
 
-Text = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), BeforeValidator(_as_parts)]
+Text = Annotated[
+    list[TextPart],
+    Field(min_length=1, max_length=MAX_PARTS, fail_fast=True),
+    BeforeValidator(_as_parts, json_schema_input_type=str | list[TextPart]),
+]
 
 
 class Message(Strict):

@@ -74,7 +74,7 @@ class SamplingFields(Strict):
     n: int | None = Field(None, ge=1, le=MAX_N)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    stop: Annotated[Stops | None, BeforeValidator(_as_list)] = None
+    stop: Annotated[Stops | None, BeforeValidator(_as_list, json_schema_input_type=Stop | Stops | None)] = None
     seed: int | None = Field(None, ge=-INT64, lt=INT64)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from server.openai.errors import invalid
@@ -91,8 +91,13 @@ def _prompts(value: Any) -> list[str] | list[list[int]]:
     raise PydanticCustomError("prompt_type", "expected a text, a list of texts, token ids or a list of lists of token ids")
 
 
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXT = {"type": "string", "minLength": 1}
+PROMPT_SCHEMA = {"anyOf": [_TEXT, _IDS, *({"type": "array", "items": one, "minItems": 1} for one in (_TEXT, _IDS))]}
+
+
 class CompletionRequest(SamplingFields):
-    prompt: Annotated[Any, AfterValidator(_prompts), Field(max_length=MAX_PROMPTS)]
+    prompt: Annotated[Any, AfterValidator(_prompts), Field(max_length=MAX_PROMPTS), WithJsonSchema(PROMPT_SCHEMA)]
     max_tokens: Annotated[TokenCount, Field(ge=0)] | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     echo: bool | None = None

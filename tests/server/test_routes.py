@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 
 from tests.server.conftest import Api, ApiFactory, error
@@ -103,6 +104,25 @@ async def test_health(api: Api) -> None:
     assert api.engine.requests == []  # a probe never makes work
 
 
-async def test_the_openapi_document_names_every_route(api: Api) -> None:
-    paths = (await api.http.get("/openapi.json")).json()["paths"]
+async def test_the_openapi_document_describes_every_route_and_body(api: Api) -> None:
+    document = (await api.http.get("/openapi.json")).json()
+    paths, schemas = document["paths"], document["components"]["schemas"]
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/tokenize", "/detokenize", "/metrics"} <= set(paths)
+    assert all("default" in operation["responses"] for path in paths.values() for operation in path.values())
+    body = paths["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    assert body == {"$ref": "#/components/schemas/ChatRequest"}
+    good: list[tuple[str, dict[str, Any]]] = [
+        ("ChatRequest", {"model": "fake", "messages": [{"role": "user", "content": "Hi"}], "stop": "x", "logit_bias": {"5": 1}}),
+        (
+            "ChatRequest",
+            {"model": "fake", "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}], "stop": ["x"]},
+        ),
+        *(("CompletionRequest", {"model": "fake", "prompt": prompt}) for prompt in ("a", ["a"], [1], [[1], [2]])),
+    ]
+    for name, value in good:
+        schema = {"$ref": f"#/components/schemas/{name}", "components": {"schemas": schemas}}
+        jsonschema.Draft202012Validator(schema).validate(value)
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.Draft202012Validator(schema).validate({**value, "n": 0})
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.Draft202012Validator(schema).validate({**value, "surprise": 0})
