@@ -30,7 +30,10 @@ async def read(request: Request, model: type[Body], limit: int) -> Body:
 
 
 def parse(model: type[Body], body: bytes) -> Body:
-    """Strict: no number from a string or a boolean, no unknown field, no NaN, depth at most 200 (jiter's limit)."""
+    """Strict: no number from a string or a boolean, no unknown field, no NaN, depth at most 200 (jiter's limit).
+
+    Of a name that an object has twice the last counts, as in every JSON parser.
+    """
     try:
         return model.model_validate_json(body)
     except ValidationError as error:

@@ -99,15 +99,16 @@ class Generation:
         """OpenAI's usage of the answer so far. A prompt counts once, however many samples it has."""
         prompt = sum(len(request.prompt_ids) for request in self.requests)
         completion = sum(choice.num_tokens for choice in self.choices)
-        used = [choice.usage for choice in self.choices if choice.usage is not None]
+        used = [(choice.usage, choice.num_tokens) for choice in self.choices if choice.usage is not None]
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(map(self._cached, range(len(self.requests))))},
             "completion_tokens_details": {
-                "accepted_prediction_tokens": sum(usage.accepted_prediction_tokens for usage in used),
-                "rejected_prediction_tokens": sum(usage.rejected_prediction_tokens for usage in used),
+                # A stop string may lie before the last tokens that a step had accepted.
+                "accepted_prediction_tokens": sum(min(usage.accepted_prediction_tokens, shown) for usage, shown in used),
+                "rejected_prediction_tokens": sum(usage.rejected_prediction_tokens for usage, _ in used),
             },
         }
 

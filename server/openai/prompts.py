@@ -56,7 +56,9 @@ async def encode_prediction(front: Frontend, prediction: Prediction | None, max_
     if prediction is None:
         return []
     text = prediction.text()[: max_tokens * front.tokenizer.max_chars_per_token]
-    return (await encode(front, [text], False, "prediction"))[0][:max_tokens]
+    ids = (await encode(front, [text], False, "prediction"))[0][:max_tokens]
+    check_ids(ids, front.vocab_size(), "prediction")
+    return ids
 
 
 def check_chars(front: Frontend, chars: int, param: str) -> None:

@@ -120,6 +120,8 @@ class SamplingFields(Strict):
             raise invalid(message, "min_tokens")
         for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
             check_ids(getattr(self, name) or (), vocab_size, name)
+        for word in bad_words:
+            check_ids(word, vocab_size, "bad_words")
         temperature = or_else(self.temperature, 1.0)
         top_k = or_else(self.top_k, 0)
         return SamplingParams(

@@ -194,6 +194,9 @@ async def test_a_prediction_is_a_draft(make_api: ApiFactory) -> None:
     assert (await api.chat(prediction=parts)).json()["usage"] == body["usage"]
     stopped = (await api.chat(prediction=prediction, stop="return")).json()["usage"]["completion_tokens_details"]
     assert stopped["accepted_prediction_tokens"] > 3
+    api.engine.tokens_per_step = 100
+    cut = (await api.chat(prediction=prediction, stop="f(")).json()["usage"]
+    assert cut["completion_tokens_details"]["accepted_prediction_tokens"] <= cut["completion_tokens"]
 
 
 async def test_prompt_logprobs_and_token_ids(api: Api) -> None:
