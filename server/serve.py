@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -88,6 +89,7 @@ class Server:
         from server.app import create_app
 
         app = create_app(self.config, self.client, await tokenizer)
+        _return_memory()
         front: Frontend = app.state.frontend
         self.client.on_stats = front.metrics.observe_engine
         return HttpServer(app), front
@@ -115,6 +117,12 @@ class Server:
                     await asyncio.sleep(DRAIN_LOOK_SECONDS)
         if front.admission.in_flight:
             logger.warning("%d requests did not finish in time", front.admission.in_flight)
+
+
+def _return_memory() -> None:
+    """What the tokenizer's files took while they were read goes back to the system (10 MB; glibc only)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 async def _first(coroutine: Coroutine[Any, Any, None], *others: asyncio.Task[Any]) -> None:
