@@ -10,6 +10,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md (versions 2 an
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -108,7 +109,7 @@ class GGUFFile:
         return np.frombuffer(self._map, dtype=np.uint8, count=tensor.nbytes, offset=tensor.offset)
 
     def field(self, key: str, kind: type | tuple[type, ...], default: Any = None) -> Any:
-        """One metadata value of the given Python type. Raises ValueError when it is absent without a default or of another type."""
+        """One metadata value. Raises ValueError when it is absent and has no default, or is of another Python type."""
         value = self.fields.get(key, default)
         if value is None:
             raise ValueError(f"{self.path.name} lacks the metadata key {key}")
@@ -118,10 +119,8 @@ class GGUFFile:
 
     def close(self) -> None:
         """Unmap the file. Views handed out by `data` keep the mapping alive until they are gone."""
-        try:
+        with contextlib.suppress(BufferError):  # a view is still in use; the mapping goes with the last one
             self._map.close()
-        except BufferError:
-            pass  # a view is still in use; the mapping goes with the last one
 
     def __enter__(self) -> Self:
         return self
