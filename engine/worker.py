@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import torch
@@ -39,7 +38,8 @@ class Worker:
         started = time.perf_counter()
         self.config = config
         self.device = torch.device(_device(config.device))
-        torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
         torch.set_grad_enabled(False)
         self.model_config = load_config(config.model)
         dtype = _dtype(config.dtype, self.model_config.dtype)

@@ -16,6 +16,8 @@ from tests import models
 # Before anything can import torch. One thread: at two threads on two busy cores torch is many times slower than at one.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[name] = "1"
+# Where a test does take two: waiting threads sleep instead of spinning against each other.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if "torch" in sys.modules:

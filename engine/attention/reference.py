@@ -3,6 +3,11 @@
 Sequences with few rows (decoding, verifying) are attended together: one gather brings their contexts out of the pool,
 padded to the longest, and one masked attention serves all. A long prompt chunk is attended alone. Tested against
 `kernels.reference.tree_attention`, the definition.
+
+A row's result is bit for bit the same whatever shares the step with it (torch 2.13, bf16 and float32): SDPA's CPU kernel takes
+another path only for query blocks of fewer than four rows, so query rows are padded to multiples of four. The batched
+matmul would be faster for many sequences (95 us against 204 at 16 x 128 keys) but rounds otherwise, so a request
+alone and in a batch would differ.
 """
 
 from __future__ import annotations
@@ -19,9 +24,7 @@ from kernels import reference
 
 LONG_CHUNK = 48  # rows of one sequence from which it is attended alone: padding others to it would cost more
 MAX_PADDING = 2.0  # a group's longest context may be this many times its shortest
-# Measured with 2 threads on bf16 (us, 3 x 64 heads): SDPA 15 / 57 / 204 and bmm 36 / 59 / 95 at 1 / 4 / 16 sequences of 128
-# keys; SDPA 39 / 180 / 602 and bmm 44 / 99 / 200 at 512 keys.
-BMM_MIN_WORK = 1024  # sequences * keys
+QUERY_MULTIPLE = 4  # see above
 
 
 @dataclass(slots=True)
@@ -30,10 +33,9 @@ class Group:
 
     gather: Tensor  # [2 * B * K * W] rows of kv.view(-1, S * D): the blocks of the group's contexts
     shape: tuple[int, int, int]  # B, R, L
-    mask: Tensor  # [B, 1, R * G, L] additive, in the model's dtype
+    mask: Tensor  # [B, 1, R * G padded, L] additive, in the model's dtype
     take: Tensor | slice  # fed rows of the group, padded: [B * R], or a slice when nothing is padded
     give: Tensor | None  # positions in the padded output [rows of the group]; None when nothing is padded
-    use_bmm: bool
 
 
 class ReferenceAttention:
@@ -84,15 +86,13 @@ class ReferenceAttention:
             q = q.view(count, heads, per_head, size)
         else:
             q = q.view(count, rows, heads, per_head, size).transpose(1, 2).reshape(count, heads, rows * per_head, size)
-        if group.use_bmm:
-            flat = (count * heads, -1, size)
-            mask = group.mask.expand(-1, heads, -1, -1).reshape(count * heads, rows * per_head, -1)
-            scores = torch.baddbmm(mask, q.reshape(flat), keys.reshape(flat).transpose(1, 2), alpha=scale)
-            out = torch.bmm(torch.softmax(scores, -1), values.reshape(flat)).view(count, heads, rows * per_head, size)
-        else:
-            out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=scale)
+        if padding := group.mask.shape[2] - rows * per_head:
+            q = F.pad(q, (0, 0, 0, padding))
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=scale)
+        if padding:
+            out = out[:, :, : rows * per_head]
         if rows > 1:
-            out = out.view(count, heads, rows, per_head, size).transpose(1, 2)
+            out = out.reshape(count, heads, rows, per_head, size).transpose(1, 2)
         return out.reshape(count * rows, self.num_heads * size)
 
     def _group(self, batch: ForwardBatch, members: list[int], lengths: list[int]) -> Group:
@@ -113,7 +113,6 @@ class ReferenceAttention:
             mask=self._mask(batch, members, rows, length).to(device),
             take=take if isinstance(take, slice) else take.to(device),
             give=None if give is None else give.to(device),
-            use_bmm=count > 1 and count * length >= BMM_MIN_WORK,
         )
 
     def _rows(self, batch: ForwardBatch, members: list[int], rows: int) -> tuple[Tensor | slice, Tensor | None]:
@@ -128,7 +127,7 @@ class ReferenceAttention:
         return take, (steps < counts).view(-1).nonzero().view(-1)
 
     def _mask(self, batch: ForwardBatch, members: list[int], rows: int, length: int) -> Tensor:
-        """Additive mask [B, 1, R * G, L]: 0 where a row sees a key, -inf elsewhere."""
+        """Additive mask [B, 1, R * G padded, L]: 0 where a row sees a key, -inf elsewhere; padding sees everything."""
         count = len(members)
         context = torch.tensor([batch.context_lens[b] for b in members]).view(-1, 1, 1)
         keys = torch.arange(length)
@@ -143,7 +142,7 @@ class ReferenceAttention:
             seen &= keys > self._positions(batch, members, rows) - self.window
         mask = torch.zeros(count, rows, length, dtype=self.dtype).masked_fill_(~seen, -math.inf)
         groups = self.num_heads // self.num_kv_heads
-        return mask.repeat_interleave(groups, 1).unsqueeze(1)
+        return F.pad(mask.repeat_interleave(groups, 1), (0, 0, 0, -rows * groups % QUERY_MULTIPLE)).unsqueeze(1)
 
     def _positions(self, batch: ForwardBatch, members: list[int], rows: int) -> Tensor:
         """Position of every padded row [B, R, 1]: a sliding window counts from the row's own depth, not from its slot."""
