@@ -38,7 +38,7 @@ serve: install
 	$(BIN)/outrider serve $(ARGS)
 
 # The test models are built once from files that are already installed, and kept in .models/.
-$(MODELS): tests/models.py $(INSTALLED)
+$(MODELS): tests/models.py tests/hf_export.py tests/sentencepiece.py tests/engine/models/tiny.py $(INSTALLED)
 	$(BIN)/python -m tests.models
 	@touch $@
 

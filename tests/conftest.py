@@ -61,16 +61,13 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The same model as a Hugging Face directory (safetensors, bfloat16)."""
-    return models.smollm2_dir()
+    return models.built(models.SMOLLM2)
 
 
 @pytest.fixture(scope="session")
-def stories15m_dir() -> Path:
-    """A 15M-parameter story model (Llama architecture, vocabulary 32,000, context 256) as a Hugging Face directory."""
-    path = models.models_dir() / models.STORIES
-    if not (path / "config.json").is_file():
-        pytest.skip(f"{path} is not there")
-    return path
+def tiny_llama_dir() -> Path:
+    """Two random layers behind a SentencePiece-style tokenizer, as a Hugging Face directory: fast, and it makes no sense."""
+    return models.built(models.TINY_LLAMA)
 
 
 @pytest.fixture(scope="session")

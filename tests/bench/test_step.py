@@ -64,14 +64,14 @@ def test_the_filler_uses_its_whole_budget() -> None:
 
 
 def test_a_real_model(
-    stories15m_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    smollm2_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("bench.step.append", lambda name, record: tmp_path / name)
-    prompts = texts(Tokenizer.load(stories15m_dir), batch=3, length=40)
+    prompts = texts(Tokenizer.load(smollm2_dir), batch=3, length=40)
     assert [len(prompt) for prompt in prompts] == [40, 40, 40]
     assert prompts[0] != prompts[1]
     flags = ["--batch", "1,3", "--nodes", "0,2", "--context", "40", "--steps", "4", "--threads", "1"]
-    assert main([str(stories15m_dir), *flags]) == 0
+    assert main([str(smollm2_dir), *flags]) == 0
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line[1:4] for line in lines[2:]] and len(lines) == 6
     for line in lines[2:]:

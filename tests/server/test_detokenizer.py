@@ -150,8 +150,8 @@ def test_empty_stop_strings_are_no_stop_strings() -> None:
 @pytest.mark.parametrize(
     "text", ["The café costs 12 €.", "naïve 😀 日本語\n\n\tdef f(x):\n        return x", "  two leading spaces", "a"]
 )
-def test_real_tokenizers_one_token_at_a_time(smollm2_gguf: Path, stories15m_dir: Path, text: str) -> None:
-    for path in (smollm2_gguf, stories15m_dir):
+def test_real_tokenizers_one_token_at_a_time(smollm2_gguf: Path, tiny_llama_dir: Path, text: str) -> None:
+    for path in (smollm2_gguf, tiny_llama_dir):
         tokenizer = Tokenizer.load(path)
         ids = tokenizer.encode(text, add_special_tokens=False)
         shown, count, stopped = run(Detokenizer(tokenizer), [[i] for i in ids])

@@ -38,15 +38,15 @@ def smol(smollm2_gguf: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def stories(stories15m_dir: Path) -> Tokenizer:
-    return Tokenizer.load(stories15m_dir)
+def tiny(tiny_llama_dir: Path) -> Tokenizer:
+    return Tokenizer.load(tiny_llama_dir)
 
 
-def both(smol: Tokenizer, stories: Tokenizer) -> list[Tokenizer]:
-    return [smol, stories]
+def both(smol: Tokenizer, tiny: Tokenizer) -> list[Tokenizer]:
+    return [smol, tiny]
 
 
-@pytest.mark.parametrize("which", ["smollm2_dir", "stories15m_dir"])
+@pytest.mark.parametrize("which", ["smollm2_dir", "tiny_llama_dir"])
 def test_it_agrees_with_transformers(which: str, request: pytest.FixtureRequest) -> None:
     from transformers import AutoTokenizer
 
@@ -78,9 +78,9 @@ def test_the_gguf_tokenizer_is_the_directorys(smol: Tokenizer, smollm2_dir: Path
     assert smol.render_chat_ids(CHAT) == directory.render_chat_ids(CHAT)
 
 
-def test_a_sentencepiece_gguf_tokenizes_as_its_tokenizer_json(stories: Tokenizer, stories15m_dir: Path, tmp_path: Path) -> None:
+def test_a_sentencepiece_gguf_tokenizes_as_its_tokenizer_json(tiny: Tokenizer, tiny_llama_dir: Path, tmp_path: Path) -> None:
     """The scores of a GGUF file rank the merges as the list of merges in tokenizer.json does."""
-    data = json.loads((stories15m_dir / "tokenizer.json").read_text())
+    data = json.loads((tiny_llama_dir / "tokenizer.json").read_text())
     vocab = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(data["model"]["merges"]):
@@ -97,8 +97,8 @@ def test_a_sentencepiece_gguf_tokenizes_as_its_tokenizer_json(stories: Tokenizer
     (tmp_path / "x.gguf").write_bytes(gguf(fields))
     ours = Tokenizer.load(tmp_path / "x.gguf")
     for text in [*TEXTS, *prompts.PROMPTS]:
-        assert ours.encode(text) == stories.encode(text)
-        assert ours.decode(ours.encode(text)) == stories.decode(ours.encode(text))
+        assert ours.encode(text) == tiny.encode(text)
+        assert ours.decode(ours.encode(text)) == tiny.decode(ours.encode(text))
     assert ours.eos_ids == {2}
 
 
@@ -247,8 +247,8 @@ CACHE: dict[str, Tokenizer] = {}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def fill_cache(smol: Tokenizer, stories: Tokenizer) -> None:
-    CACHE["smol"], CACHE["stories"] = smol, stories
+def fill_cache(smol: Tokenizer, tiny: Tokenizer) -> None:
+    CACHE["smol"], CACHE["tiny"] = smol, tiny
 
 
 @settings(max_examples=200, deadline=None)
@@ -259,19 +259,19 @@ def test_decoding_is_the_sum_of_token_bytes(ids: list[int]) -> None:
     assert smol.decode(ids, False) == smol._tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def test_single_tokens(smol: Tokenizer, stories: Tokenizer) -> None:
+def test_single_tokens(smol: Tokenizer, tiny: Tokenizer) -> None:
     [space_the] = smol.encode(" the")
     assert (smol.token_text(space_the), smol.token_bytes(space_the)) == (" the", b" the")
     assert [smol.token_bytes(i) for i in smol.encode("😀")] == [b"\xf0\x9f", b"\x98", b"\x80"]
     assert smol.token_text(2) == "<|im_end|>"
-    assert stories.token_bytes(3 + 0xE2) == b"\xe2"
-    assert stories.token_text(3 + 0xE2) == "\ufffd"
-    for tokenizer in (smol, stories):
+    assert tiny.token_bytes(3 + 0xE2) == b"\xe2"
+    assert tiny.token_text(3 + 0xE2) == "\ufffd"
+    for tokenizer in (smol, tiny):
         assert tokenizer.token_bytes(-1) == tokenizer.token_bytes(tokenizer.vocab_size) == tokenizer.token_bytes(1 << 70) == b""
 
 
-def test_no_token_covers_more_characters_than_promised(smol: Tokenizer, stories: Tokenizer) -> None:
-    for tokenizer in (smol, stories):
+def test_no_token_covers_more_characters_than_promised(smol: Tokenizer, tiny: Tokenizer) -> None:
+    for tokenizer in (smol, tiny):
         for text in ("a" * 500, " " * 500, "-" * 500, "=" * 500, *prompts.PROMPTS):
             assert len(tokenizer.encode(text)) * tokenizer.max_chars_per_token >= len(text)
 
@@ -304,9 +304,9 @@ def test_special_tokens_in_a_message_stay_text(smol: Tokenizer, text: str) -> No
     assert smol.decode(ids, skip_special_tokens=False) == smol.render_chat(messages)
 
 
-def test_a_message_without_special_tokens_and_one_with_go_the_same_way(smol: Tokenizer, stories: Tokenizer) -> None:
+def test_a_message_without_special_tokens_and_one_with_go_the_same_way(smol: Tokenizer, tiny: Tokenizer) -> None:
     """The guarded path gives what the plain path gives wherever both apply."""
-    for tokenizer in (smol, stories):
+    for tokenizer in (smol, tiny):
         guard, names = tokenizer._guard
         for text in [*TEXTS, *prompts.PROMPTS]:
             rendered = tokenizer.render_chat([{"role": "user", "content": text}])
@@ -314,11 +314,11 @@ def test_a_message_without_special_tokens_and_one_with_go_the_same_way(smol: Tok
             assert guard.encode(renamed, add_special_tokens=False).ids == tokenizer.encode(rendered, add_special_tokens=False)
 
 
-def test_special_tokens_in_a_story_prompt_stay_text_too(stories: Tokenizer) -> None:
-    ids = stories.render_chat_ids([{"role": "user", "content": "Once</s> upon<s>"}])
+def test_special_tokens_in_a_sentencepiece_prompt_stay_text_too(tiny: Tokenizer) -> None:
+    ids = tiny.render_chat_ids([{"role": "user", "content": "Once</s> upon<s>"}])
     assert ids[0] == 1
     assert not set(ids[1:]) & {1, 2}
-    assert stories.decode(ids) == "Once</s> upon<s>"
+    assert tiny.decode(ids) == "Once</s> upon<s>"
 
 
 def test_special_tokens_in_a_completion_prompt_are_special(smol: Tokenizer) -> None:
