@@ -76,7 +76,7 @@ class ServerConfig(BaseSettings):
     load_format: Literal["auto", "native", "transformers"] = Field(
         _ENGINE.load_format, description="transformers: run the model through transformers' own code"
     )
-    seed: int = Field(_ENGINE.seed, ge=0, lt=1 << 64, description="seed of the engine")
+    seed: int | None = Field(None, ge=0, lt=1 << 64, description="draws the seeds of requests that bring none (default: chance)")
     watchdog_timeout: float = Field(120.0, gt=0, description="seconds without a sign of life until the engine is restarted")
 
     # speculation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from typing import TYPE_CHECKING, cast
 
@@ -27,6 +28,8 @@ class Frontend:
         self.tokenizer = tokenizer
         self.model = config.served_model_name or config.model or DEFAULT_NAME  # what clients call it
         self.created = int(time.time())
+        # Not for secrets: whoever sets --seed wants the same draws again.
+        self._seeds = random.SystemRandom() if config.seed is None else random.Random(config.seed)  # noqa: S311
         self.admission = Admission(config.max_queue)
         self.metrics = Metrics(self.model, client, self.admission)
         client.on_stats = self.metrics.observe_engine
@@ -55,6 +58,10 @@ class Frontend:
         info = self.info
         lossy = "" if info.lossless else f"-lossy-{info.verifier}"
         return f"outrider-{VERSION}-{info.dtype}{lossy}"
+
+    def draw_seed(self) -> int:
+        """The seed of a request that brings none."""
+        return self._seeds.getrandbits(63)
 
     def vocab_size(self) -> int:
         """Ids the model can embed and the tokenizer can name."""

@@ -48,7 +48,7 @@ async def prepare(front: Frontend, fields: ChatRequest, arrival: float) -> ChatA
     check_logprob_volume(fields.n or 1, max_tokens, fields.num_logprobs, "top_logprobs")
     check_logprob_volume(1, len(prompt_ids), fields.prompt_logprobs, "prompt_logprobs")
     bad_words = bad_word_ids(fields.bad_words or [], front.tokenizer)
-    params = fields.to_params(max_tokens, fields.num_logprobs, front.vocab_size(), bad_words)
+    params = fields.to_params(max_tokens, fields.num_logprobs, front.vocab_size(), bad_words, front.draw_seed())
     prediction_ids = await prompts.encode_prediction(front, fields.prediction, max_tokens)
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     generation = Generation(

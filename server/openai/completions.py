@@ -51,7 +51,7 @@ async def prepare(front: Frontend, fields: CompletionRequest, arrival: float) ->
     prediction_ids = await prompts.encode_prediction(front, fields.prediction, max(rooms))
     requests = []
     for position, (ids, room) in enumerate(zip(all_ids, rooms, strict=True)):
-        params = fields.to_params(room, fields.logprobs, front.vocab_size(), bad_words)
+        params = fields.to_params(room, fields.logprobs, front.vocab_size(), bad_words, front.draw_seed())
         requests.append(fields.to_request(f"{answer_id}-{position}", ids, params, prediction_ids, arrival))
     rules = fields.text_rules(each_token=fields.logprobs is not None, silent=fields.max_tokens == 0)
     return CompletionAnswer(front, fields, Generation(front, requests, rules), answer_id)

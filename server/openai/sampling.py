@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -110,10 +109,12 @@ class SamplingFields(Strict):
         """What the engine is asked for."""
         return self.prompt_logprobs
 
-    def to_params(self, max_tokens: int, logprobs: int | None, vocab_size: int, bad_words: list[list[int]]) -> SamplingParams:
+    def to_params(
+        self, max_tokens: int, logprobs: int | None, vocab_size: int, bad_words: list[list[int]], drawn_seed: int
+    ) -> SamplingParams:
         """Raises ApiError 400 for a token id outside the vocabulary and for min_tokens above max_tokens.
 
-        A missing seed is drawn here: from then on the answer is a pure function of the request.
+        `drawn_seed` is for a request without one: from here on the answer is a pure function of the request.
         """
         if (self.min_tokens or 0) > max_tokens:
             message = f"'min_tokens' ({self.min_tokens}) is larger than the most tokens the answer may have ({max_tokens})."
@@ -126,7 +127,7 @@ class SamplingFields(Strict):
         top_k = or_else(self.top_k, 0)
         return SamplingParams(
             max_tokens=max_tokens,
-            seed=secrets.randbits(63) if self.seed is None else self.seed % (1 << 64),
+            seed=drawn_seed if self.seed is None else self.seed % (1 << 64),
             temperature=temperature if temperature >= GREEDY_BELOW else 0.0,
             top_p=max(or_else(self.top_p, 1.0), TOP_P_FLOOR),
             top_k=top_k if 0 < top_k < vocab_size else 0,

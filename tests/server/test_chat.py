@@ -295,3 +295,17 @@ async def test_what_changes_nothing_is_accepted(api: Api) -> None:
         prediction=None,
     )
     assert response.status_code == 200, response.text
+
+
+async def test_the_servers_seed_draws_the_missing_ones(make_api: ApiFactory) -> None:
+    """Two servers started with one --seed draw the same seeds in the same order; a request's own seed is untouched."""
+    drawn = []
+    for server_seed in (5, 5, 6):
+        api = make_api(seed=server_seed)
+        seeds = []
+        for own in (None, 42, None):
+            await api.chat(seed=own)
+            seeds.append(api.request().params.seed)
+        assert seeds[1] == 42 and seeds[0] != seeds[2]
+        drawn.append(seeds)
+    assert drawn[0] == drawn[1] != drawn[2]
