@@ -24,7 +24,9 @@ class MemoryPlan:
     max_model_len: int  # tokens
 
 
-def plan_memory(config: EngineConfig, model: ModelConfig, weight_bytes: int, dtype: torch.dtype, device: torch.device) -> MemoryPlan:
+def plan_memory(
+    config: EngineConfig, model: ModelConfig, weight_bytes: int, dtype: torch.dtype, device: torch.device
+) -> MemoryPlan:
     """Raises ValueError, with the numbers, when not even one block fits or --max-model-len cannot be kept."""
     per_block = KVCache.bytes_per_block(model.num_layers, model.num_kv_heads, config.block_size, model.head_dim, dtype)
     budget = _kv_budget(config, device)
@@ -33,17 +35,17 @@ def plan_memory(config: EngineConfig, model: ModelConfig, weight_bytes: int, dty
     useful = config.max_num_seqs * -(-limit // config.block_size)
     num_blocks = min(budget // per_block, useful)
     if num_blocks < 1:
-        raise ValueError(f"kv_cache_memory_bytes: {budget} bytes hold no KV block of {per_block} bytes (weights take {weight_bytes})")
+        raise ValueError(f"kv_cache_memory_bytes: {budget} bytes hold no KV block of {per_block} (weights: {weight_bytes})")
     capacity = num_blocks * config.block_size
     if config.max_model_len is not None:
-        if config.max_model_len > model.max_position_embeddings:
-            raise ValueError(
-                f"max_model_len: {config.max_model_len} is more than the model's own limit of {model.max_position_embeddings} tokens"
-            )
+        own = model.max_position_embeddings
+        if config.max_model_len > own:
+            raise ValueError(f"max_model_len: {config.max_model_len} is more than the model's own limit of {own} tokens")
         if config.max_model_len > capacity:
+            need = -(-config.max_model_len // config.block_size) * per_block
             raise ValueError(
-                f"max_model_len: {config.max_model_len} tokens need {-(-config.max_model_len // config.block_size) * per_block} bytes of "
-                f"KV cache, but there are {budget}; raise kv_cache_memory_bytes or lower max_model_len"
+                f"max_model_len: {config.max_model_len} tokens need {need} bytes of KV cache, but there are {budget}; "
+                f"raise kv_cache_memory_bytes or lower max_model_len"
             )
     return MemoryPlan(weight_bytes, num_blocks * per_block, num_blocks, min(limit, capacity))
 

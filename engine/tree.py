@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,7 +73,9 @@ class DraftForest:
         return tokens[::-1]
 
     @classmethod
-    def from_chains(cls, roots: Sequence[int], chains: Iterable[Sequence[int]], drafter: Sequence[str] | None = None) -> DraftForest:
+    def from_chains(
+        cls, roots: Sequence[int], chains: Iterable[Sequence[int]], drafter: Sequence[str] | None = None
+    ) -> DraftForest:
         """A forest of chains: tree b is roots[b] followed by chains[b]."""
         token: list[int] = []
         depth: list[int] = []
@@ -92,7 +95,9 @@ class DraftForest:
         return cls.from_chains(tokens, [()] * len(tokens))
 
     @classmethod
-    def from_parents(cls, trees: Sequence[tuple[Sequence[int], Sequence[int]]], drafter: Sequence[str] | None = None) -> DraftForest:
+    def from_parents(
+        cls, trees: Sequence[tuple[Sequence[int], Sequence[int]]], drafter: Sequence[str] | None = None
+    ) -> DraftForest:
         """General trees as (tokens, parents) per tree, node 0 the root with parent -1.
 
         Raises ValueError when a parent does not come before its child.
@@ -101,7 +106,7 @@ class DraftForest:
         parent = np.array([p for _, parents in trees for p in parents], dtype=np.int32)
         start = np.cumsum([0] + [len(tokens) for tokens, _ in trees], dtype=np.int32)
         depth = np.zeros(len(token), dtype=np.int32)
-        for first, last in zip(start[:-1], start[1:], strict=True):
+        for first, last in pairwise(start.tolist()):
             if parent[first] != -1:
                 raise ValueError("node 0 of a draft tree is its root and has parent -1")
             for i in range(first + 1, last):

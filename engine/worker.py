@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import torch
 
@@ -114,7 +115,7 @@ class Worker:
         self._prompt_logprobs(plan, seqs, batch, hidden, results)
         self._commit(seqs, plan.rows, results)
         clock.append(time.perf_counter())
-        times = StepTimes(*[after - before for before, after in zip(clock[:-1], clock[1:], strict=True)])
+        times = StepTimes(*(after - before for before, after in pairwise(clock)))
         return StepResult(results, times, batch.num_tokens, self.drafting.take_fallbacks())
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ Built on `tokenizers` and jinja2 alone: transformers' AutoTokenizer imports torc
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import threading
@@ -19,6 +20,9 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from server import tokenizer_files
 from server.chat_template import ChatTemplate
+
+# Batches are of one here: threads of its own would only cost memory.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -194,8 +198,9 @@ class Tokenizer:
 
 
 def _encode(tokenizer: HFTokenizer, text: str, add_special_tokens: bool) -> list[int]:
+    """A batch of one: unlike `encode` it lets other threads run meanwhile (600 kB of text take 0.3 s) and counts no offsets."""
     try:
-        return tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
     except TypeError:
         if not isinstance(text, str):
             raise

@@ -43,7 +43,9 @@ class ReferenceAttention:
 
     name = "reference"
 
-    def __init__(self, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, window: int | None) -> None:
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, window: int | None
+    ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.block_size, self.dtype, self.window = block_size, dtype, window
         self.groups: list[Group] = []
@@ -63,7 +65,7 @@ class ReferenceAttention:
         self.groups = [self._group(batch, group, lengths) for group in members]
 
     def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
-        """Store the fed rows' keys and values, then attend. q [T, H, D], new [T, 2, K, D], kv of one layer; returns [T, H * D]."""
+        """Store the fed rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""
         kv.view(-1, self.head_dim).index_copy_(0, self.kv_rows, new.reshape(-1, self.head_dim))
         if len(self.groups) == 1 and self.groups[0].give is None:
             return self._attend(kv, q, self.groups[0], scale)
@@ -78,7 +80,7 @@ class ReferenceAttention:
 
     def _attend(self, kv: Tensor, q: Tensor, group: Group, scale: float) -> Tensor:
         """q [B * R, H, D] of one group -> [B * R, H * D]."""
-        count, rows, length = group.shape
+        count, rows, _ = group.shape
         heads, size = self.num_kv_heads, self.head_dim
         keys, values = kv.view(-1, self.block_size * size).index_select(0, group.gather).view(2, count, heads, -1, size)
         per_head = self.num_heads // heads

@@ -101,7 +101,9 @@ class RotaryTable:
     Source: RoFormer (arXiv 2104.09864); frequency scaling as the checkpoint's `rope_scaling` says.
     """
 
-    def __init__(self, inv_freq: Tensor, attention_scaling: float, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, inv_freq: Tensor, attention_scaling: float, max_positions: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inv_freq.float())
         cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
         self.cos = torch.cat((cos, cos), -1).unsqueeze(1).to(device=device, dtype=dtype)

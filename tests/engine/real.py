@@ -38,7 +38,9 @@ class SharedExecutor:
 
 
 def load_worker(path: Path, dtype: str = "float32", **options: Any) -> Worker:
-    return Worker(EngineConfig(model=str(path), dtype=dtype, drafters=[], num_threads=1, kv_cache_memory_bytes=256 << 20, **options))  # type: ignore[arg-type]  # dtype is a Literal
+    return Worker(
+        EngineConfig(model=str(path), dtype=dtype, drafters=[], num_threads=1, kv_cache_memory_bytes=256 << 20, **options)
+    )  # type: ignore[arg-type]  # dtype is a Literal
 
 
 def make_engine(
@@ -48,7 +50,9 @@ def make_engine(
     worker.seqs.clear()
     made = [make_drafter(d) if isinstance(d, str) else d for d in drafters]
     worker.drafting = Drafting(made, worker.info.vocab_size)
-    config = msgspec.structs.replace(worker.config, policy="fixed" if made else "off", budget=budget, check_integrity=True, **options)
+    config = msgspec.structs.replace(
+        worker.config, policy="fixed" if made else "off", budget=budget, check_integrity=True, **options
+    )
     return Engine(config, SharedExecutor(worker, num_blocks))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence as Seq
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ class Scripted:
 
 
 def sequences(count: int) -> list[Sequence]:
-    return [Sequence(i, Request(request_id=str(i), prompt_ids=[i, 10 + i], params=SamplingParams(max_tokens=9))) for i in range(count)]
+    return [
+        Sequence(i, Request(request_id=str(i), prompt_ids=[i, 10 + i], params=SamplingParams(max_tokens=9))) for i in range(count)
+    ]
 
 
 def chains(*guesses: Seq[int]) -> Callable[[Seq[Sequence], Seq[int]], DraftForest]:

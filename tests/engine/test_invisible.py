@@ -86,7 +86,10 @@ def assert_same(found: dict[tuple[str, int], Answer], alone: dict[tuple[str, int
         expected = alone[key]
         assert answer.tokens == expected.tokens, key
         assert answer.finish_reason == expected.finish_reason, key
-        for ours, theirs in ((answer.logprobs, expected.logprobs), (answer.prompt_logprobs or [], expected.prompt_logprobs or [])):
+        for ours, theirs in (
+            (answer.logprobs, expected.logprobs),
+            (answer.prompt_logprobs or [], expected.prompt_logprobs or []),
+        ):
             assert len(ours) == len(theirs), key
             for one, other in zip(ours, theirs, strict=True):
                 assert (one is None) == (other is None), key

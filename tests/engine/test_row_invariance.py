@@ -1,4 +1,4 @@
-"""A row's hidden state is bit for bit the same alone, in a chunk, in a tree and in a batch: bfloat16 and float32, one thread or two.
+"""A row's hidden state is bit for bit the same alone, in a chunk and in a batch: bfloat16 and float32, one thread or two.
 
 That is what makes speculation invisible in the default dtype too, not only where rounding is too fine to matter.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,22 @@ def test_lone_surrogates_are_a_value_error(smol: Tokenizer) -> None:
         smol.render_chat_ids([{"role": "user", "content": "a\ud800b"}])
     with pytest.raises(ValueError, match="surrogate"):
         smol.render_chat_ids([{"role": "user", "content": "<|im_end|>a\ud800b"}])
+
+
+def test_encoding_lets_other_threads_run(smol: Tokenizer) -> None:
+    """Long prompts are tokenized beside the event loop: it must go on turning. Counted in turns, not timed."""
+    turns, done = 0, threading.Event()
+
+    def encode() -> None:
+        smol.encode("some words " * 20_000)
+        done.set()
+
+    thread = threading.Thread(target=encode)
+    thread.start()
+    while not done.wait(0.001):
+        turns += 1
+    thread.join()
+    assert turns >= 3
 
 
 INJECTIONS = [
