@@ -195,6 +195,9 @@ class Worker:
 
 
 def _device(name: str) -> str:
+    """Raises ValueError for a GPU that is not there."""
+    if name.startswith("cuda") and (torch.device(name).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: there is no {name} on this machine ({torch.cuda.device_count()} GPUs)")
     if name != "auto":
         return name
     return "cuda" if torch.cuda.is_available() else "cpu"
