@@ -4,10 +4,10 @@ Sequences with few rows (decoding, verifying) are attended together: one gather 
 padded to the longest, and one masked attention serves all. A long prompt chunk is attended alone. Tested against
 `kernels.reference.tree_attention`, the definition.
 
-A row's result is bit for bit the same whatever shares the step with it (torch 2.13, bf16 and float32): SDPA's CPU kernel takes
-another path only for query blocks of fewer than four rows, so query rows are padded to multiples of four. The batched
-matmul would be faster for many sequences (95 us against 204 at 16 x 128 keys) but rounds otherwise, so a request
-alone and in a batch would differ.
+A row's result is bit for bit the same whatever shares the step with it (torch 2.13, bf16 and float32). SDPA's CPU kernel takes
+another path only for query blocks of fewer than four rows and for a last few keys, so query rows are padded to multiples of
+four and keys to multiples of sixteen. A batched matmul would be faster for many sequences (95 us against 204 at 16 x 128 keys)
+but rounds otherwise, so a request alone and in a batch would differ.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from kernels import reference
 LONG_CHUNK = 48  # rows of one sequence from which it is attended alone: padding others to it would cost more
 MAX_PADDING = 2.0  # a group's longest context may be this many times its shortest
 QUERY_MULTIPLE = 4  # see above
+KEY_MULTIPLE = 16  # likewise: a tail of fewer keys is summed in another order
 
 
 @dataclass(slots=True)
@@ -99,7 +100,8 @@ class ReferenceAttention:
 
     def _group(self, batch: ForwardBatch, members: list[int], lengths: list[int]) -> Group:
         count, rows = len(members), max(batch.num_rows[b] for b in members)
-        width = -(-max(lengths[b] for b in members) // self.block_size)
+        whole = KEY_MULTIPLE // math.gcd(KEY_MULTIPLE, self.block_size)  # blocks
+        width = -(-max(lengths[b] for b in members) // (self.block_size * whole)) * whole
         length = width * self.block_size
         tables = torch.zeros(count, width, dtype=torch.int64)
         for i, b in enumerate(members):

@@ -51,6 +51,11 @@ def worker(smollm2_dir: Path) -> Worker:
 
 @pytest.fixture(scope="module")
 def requests(smollm2_dir: Path) -> list[Request]:
+    return make_requests(smollm2_dir)
+
+
+def make_requests(smollm2_dir: Path) -> list[Request]:
+    """One request per set of parameters, all over the same prompt and prediction."""
     tokenizer = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json"))
     prompt, prediction = tokenizer.encode(TEXT).ids, tokenizer.encode(PREDICTION).ids
     return [

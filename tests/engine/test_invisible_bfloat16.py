@@ -1,0 +1,48 @@
+"""The default dtype too: with chains of drafts, whose keys lie in the order of plain decoding, the same bits come out.
+
+(In a branched tree the keys of wrong siblings lie between those of the path, and bf16 sums over keys may round otherwise.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine.request import Request
+from engine.worker import Worker
+from tests.engine.real import Answer, answers, load_worker, make_engine
+from tests.engine.test_invisible import assert_same, make_requests
+
+DRAFTERS = ["prediction", "ngram"]
+
+
+@pytest.fixture(scope="module")
+def worker(smollm2_dir: Path) -> Worker:
+    return load_worker(smollm2_dir, "bfloat16", block_size=8)
+
+
+@pytest.fixture(scope="module")
+def requests(smollm2_dir: Path) -> list[Request]:
+    return make_requests(smollm2_dir)
+
+
+@pytest.fixture(scope="module")
+def alone(worker: Worker, requests: list[Request]) -> dict[tuple[str, int], Answer]:
+    out: dict[tuple[str, int], Answer] = {}
+    for one in requests:
+        out |= answers(make_engine(worker), [one])
+    return out
+
+
+def test_alone_with_drafts(worker: Worker, requests: list[Request], alone: dict[tuple[str, int], Answer]) -> None:
+    for one in requests:
+        assert_same(answers(make_engine(worker, DRAFTERS), [one]), alone)
+
+
+def test_in_a_batch_after_preemption(worker: Worker, requests: list[Request], alone: dict[tuple[str, int], Answer]) -> None:
+    engine = make_engine(worker, DRAFTERS, num_blocks=20)
+    found = answers(engine, requests)
+    stats = engine.stats()
+    assert stats.preemptions > 0 and stats.num_accepted_tokens > 0
+    assert_same(found, alone)
