@@ -1,20 +1,24 @@
 """Paged tree attention in plain torch, tuned for CPUs: planned once per step, run once per layer, batched over sequences.
 
-Sequences with few rows (decoding, verifying) are attended together: one gather brings their contexts out of the pool,
-padded to the longest, and one masked attention serves all. A long prompt chunk is attended alone. Tested against
-`kernels.reference.tree_attention`, the definition.
+A sequence's rows are cut into segments that end where the keys fill another `KEY_SPAN`; segments that need the same number
+of keys are attended together. One gather brings their contexts out of the pool and one masked attention serves all. So a
+long prompt chunk skips the keys behind each segment, and decoding sequences of different length pad little. Tested
+against `kernels.reference.tree_attention`, the definition.
 
-A row's result is bit for bit the same whatever shares the step with it (torch 2.13, bf16 and float32). SDPA's CPU kernel takes
-another path only for query blocks of fewer than four rows and for a last few keys, so query rows are padded to multiples of
-four and keys to multiples of sixteen. A batched matmul would be faster for many sequences (95 us against 204 at 16 x 128 keys)
+A row's result is bit for bit the same whatever shares the step with it (torch 2.13, bf16 and float32), because the shapes
+that its sums are taken over follow from its own position alone. SDPA's CPU kernel changes the order of its sums with the number
+of keys (hence whole spans), for query blocks of fewer than four rows (hence multiples of four) and from 192 query rows
+on (hence fewer). A batched matmul would be faster for many sequences (95 us against 204 at 16 x 128 keys, bf16, two threads)
 but rounds otherwise, so a request alone and in a batch would differ.
 """
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,25 +26,36 @@ from torch import Tensor
 from engine.models.batch import ForwardBatch
 from kernels import reference
 
-LONG_CHUNK = 48  # rows of one sequence from which it is attended alone: padding others to it would cost more
-MAX_PADDING = 2.0  # a group's longest context may be this many times its shortest
-QUERY_MULTIPLE = 4  # see above
-KEY_MULTIPLE = 16  # likewise: a tail of fewer keys is summed in another order
+KEY_SPAN = 128  # keys
+QUERY_MULTIPLE = 4
+MAX_QUERY_ROWS = 188  # fed rows * query heads per key head
+ROW_CLASSES = (1, 4, 12, 32)  # segments of similar size are padded to the longest among them
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows first ... first + count of one sequence's fed rows."""
+
+    member: int  # index of the sequence in the batch
+    first: int
+    count: int
 
 
 @dataclass(slots=True)
 class Group:
-    """Sequences that are attended in one call. R rows each (padded), L keys each (padded)."""
+    """Segments that are attended in one call: S segments, R rows each (padded), L keys."""
 
-    gather: Tensor  # [2 * B * K * W] rows of kv.view(-1, S * D): the blocks of the group's contexts
-    shape: tuple[int, int, int]  # B, R, L
-    mask: Tensor  # [B, 1, R * G padded, L] additive, in the model's dtype
-    take: Tensor | slice  # fed rows of the group, padded: [B * R], or a slice when nothing is padded
+    gather: Tensor  # [2 * S * K * W] rows of kv.view(-1, block size * D): the blocks of the contexts
+    num_segments: int
+    num_rows: int
+    num_keys: int
+    mask: Tensor  # [S, 1, R * G padded, L] additive, in the model's dtype
+    take: Tensor | slice  # fed rows of the group, padded: [S * R], or a slice when nothing is padded
     give: Tensor | None  # positions in the padded output [rows of the group]; None when nothing is padded
 
 
 class ReferenceAttention:
-    """The CPU's attention backend."""
+    """The CPU's attention backend; it runs on any device."""
 
     name = "reference"
 
@@ -48,27 +63,26 @@ class ReferenceAttention:
         self, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype, window: int | None
     ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.per_head = num_heads // num_kv_heads
         self.block_size, self.dtype, self.window = block_size, dtype, window
+        self.max_rows = max(MAX_QUERY_ROWS // self.per_head, 1)
         self.groups: list[Group] = []
         self.kv_rows = torch.empty(0, dtype=torch.int64)
 
     def plan(self, batch: ForwardBatch) -> None:
         """Index tensors and masks of one step, shared by all layers."""
         self.kv_rows = reference.kv_rows(batch.slots, self.num_kv_heads, self.block_size).view(-1)
-        lengths = [context + rows for context, rows in zip(batch.context_lens, batch.num_rows, strict=True)]
-        short = sorted((b for b, rows in enumerate(batch.num_rows) if rows < LONG_CHUNK), key=lengths.__getitem__)
-        members = [[b] for b, rows in enumerate(batch.num_rows) if rows >= LONG_CHUNK]
-        while short:
-            limit = max(lengths[short[0]] * MAX_PADDING, lengths[short[0]] + 4 * self.block_size)
-            group = [b for b in short if lengths[b] <= limit]
-            members.append(sorted(group))
-            short = short[len(group) :]
-        self.groups = [self._group(batch, group, lengths) for group in members]
+        alike: dict[tuple[int, int], list[Segment]] = defaultdict(list)
+        for member, (context, rows) in enumerate(zip(batch.context_lens, batch.num_rows, strict=True)):
+            for segment in self._segments(member, context, rows):
+                span = (context + segment.first) // KEY_SPAN
+                alike[span, sum(segment.count > size for size in ROW_CLASSES)].append(segment)
+        self.groups = [self._group(batch, segments, (span + 1) * KEY_SPAN) for (span, _), segments in alike.items()]
 
     def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
         """Store the fed rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""
         kv.view(-1, self.head_dim).index_copy_(0, self.kv_rows, new.reshape(-1, self.head_dim))
-        if len(self.groups) == 1 and self.groups[0].give is None:
+        if len(self.groups) == 1 and isinstance(self.groups[0].take, slice):
             return self._attend(kv, q, self.groups[0], scale)
         out = q.new_empty(q.shape[0], self.num_heads * self.head_dim)
         for group in self.groups:
@@ -80,78 +94,88 @@ class ReferenceAttention:
         return out
 
     def _attend(self, kv: Tensor, q: Tensor, group: Group, scale: float) -> Tensor:
-        """q [B * R, H, D] of one group -> [B * R, H * D]."""
-        count, rows, _ = group.shape
-        heads, size = self.num_kv_heads, self.head_dim
-        keys, values = kv.view(-1, self.block_size * size).index_select(0, group.gather).view(2, count, heads, -1, size)
-        per_head = self.num_heads // heads
+        """q [S * R, H, D] of one group -> [S * R, H * D]."""
+        count, rows, heads, size = group.num_segments, group.num_rows, self.num_kv_heads, self.head_dim
+        blocks = kv.view(-1, self.block_size * size).index_select(0, group.gather)
+        keys, values = blocks.view(2, count, heads, -1, size)[:, :, :, : group.num_keys]
         if rows == 1:
-            q = q.view(count, heads, per_head, size)
+            q = q.view(count, heads, self.per_head, size)
         else:
-            q = q.view(count, rows, heads, per_head, size).transpose(1, 2).reshape(count, heads, rows * per_head, size)
-        if padding := group.mask.shape[2] - rows * per_head:
-            q = F.pad(q, (0, 0, 0, padding))
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=scale)
-        if padding:
-            out = out[:, :, : rows * per_head]
+            q = q.view(count, rows, heads, self.per_head, size).transpose(1, 2).reshape(count, heads, -1, size)
+        used = rows * self.per_head
+        if used != group.mask.shape[2]:
+            q = F.pad(q, (0, 0, 0, group.mask.shape[2] - used))
+        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=scale)[:, :, :used]
         if rows > 1:
-            out = out.reshape(count, heads, rows, per_head, size).transpose(1, 2)
+            out = out.reshape(count, heads, rows, self.per_head, size).transpose(1, 2)
         return out.reshape(count * rows, self.num_heads * size)
 
-    def _group(self, batch: ForwardBatch, members: list[int], lengths: list[int]) -> Group:
-        count, rows = len(members), max(batch.num_rows[b] for b in members)
-        whole = KEY_MULTIPLE // math.gcd(KEY_MULTIPLE, self.block_size)  # blocks
-        width = -(-max(lengths[b] for b in members) // (self.block_size * whole)) * whole
-        length = width * self.block_size
-        tables = torch.zeros(count, width, dtype=torch.int64)
-        for i, b in enumerate(members):
-            used = -(-lengths[b] // self.block_size)
-            tables[i, :used] = torch.tensor(batch.block_tables[b][:used])
-        side = torch.arange(2 * self.num_kv_heads).view(2, 1, self.num_kv_heads, 1)
+    def _segments(self, member: int, context: int, rows: int) -> Iterator[Segment]:
+        first = 0
+        while first < rows:
+            until_span = KEY_SPAN - (context + first) % KEY_SPAN
+            count = min(rows - first, until_span, self.max_rows)
+            yield Segment(member, first, count)
+            first += count
+
+    def _group(self, batch: ForwardBatch, segments: list[Segment], num_keys: int) -> Group:
+        width = -(-num_keys // self.block_size)
+        tables = np.zeros((len(segments), width), dtype=np.int64)
+        for i, segment in enumerate(segments):
+            table = batch.block_tables[segment.member][:width]
+            tables[i, : len(table)] = table
+        side = np.arange(2 * self.num_kv_heads).reshape(2, 1, self.num_kv_heads, 1)
         gather = (tables[None, :, None, :] * (2 * self.num_kv_heads) + side).reshape(-1)
-        take, give = self._rows(batch, members, rows)
+        rows = max(segment.count for segment in segments)
+        take, give = _rows(batch, segments, rows)
         device = batch.slots.device
         return Group(
-            gather=gather.to(device),
-            shape=(count, rows, length),
-            mask=self._mask(batch, members, rows, length).to(device),
-            take=take if isinstance(take, slice) else take.to(device),
-            give=None if give is None else give.to(device),
+            gather=torch.from_numpy(gather).to(device),
+            num_segments=len(segments),
+            num_rows=rows,
+            num_keys=num_keys,
+            mask=torch.from_numpy(self._mask(batch, segments, rows, num_keys)).to(device=device, dtype=self.dtype),
+            take=take if isinstance(take, slice) else torch.from_numpy(take).to(device),
+            give=None if give is None else torch.from_numpy(give).to(device),
         )
 
-    def _rows(self, batch: ForwardBatch, members: list[int], rows: int) -> tuple[Tensor | slice, Tensor | None]:
-        firsts = [batch.first_rows[b] for b in members]
-        if all(batch.num_rows[b] == rows for b in members):
-            if firsts == list(range(firsts[0], firsts[0] + rows * len(members), rows)):
-                return slice(firsts[0], firsts[0] + rows * len(members)), None
-            return (torch.tensor(firsts)[:, None] + torch.arange(rows)).view(-1), None
-        counts = torch.tensor([batch.num_rows[b] for b in members])[:, None]
-        steps = torch.arange(rows)
-        take = (torch.tensor(firsts)[:, None] + torch.minimum(steps, counts - 1)).view(-1)
-        return take, (steps < counts).view(-1).nonzero().view(-1)
-
-    def _mask(self, batch: ForwardBatch, members: list[int], rows: int, length: int) -> Tensor:
-        """Additive mask [B, 1, R * G padded, L]: 0 where a row sees a key, -inf elsewhere; padding sees everything."""
-        count = len(members)
-        context = torch.tensor([batch.context_lens[b] for b in members]).view(-1, 1, 1)
-        keys = torch.arange(length)
-        last = context + torch.arange(rows).view(1, -1, 1)  # a chain's row j sees keys up to context + j
-        seen = keys <= last
-        for i, b in enumerate(members):
-            tree = batch.ancestors[b]
+    def _mask(self, batch: ForwardBatch, segments: list[Segment], rows: int, num_keys: int) -> np.ndarray:
+        """Additive mask [S, 1, R * G padded, L]: 0 where a row sees a key, -inf elsewhere; padding sees everything."""
+        keys = np.arange(num_keys)
+        start = np.array([batch.context_lens[segment.member] + segment.first for segment in segments])
+        place = start[:, None, None] + np.arange(rows)[:, None]  # [S, R, 1]
+        seen = keys <= place
+        for i, segment in enumerate(segments):
+            tree = batch.ancestors[segment.member]
             if tree is not None:
-                begin, own = batch.context_lens[b], len(tree)
-                seen[i, :own, begin : begin + own] = torch.from_numpy(tree)
+                context, last = batch.context_lens[segment.member], segment.first + segment.count
+                width = min(len(tree), num_keys - context)
+                seen[i, : segment.count, context : context + width] = tree[segment.first : last, :width]
         if self.window is not None:
-            seen &= keys > self._positions(batch, members, rows) - self.window
-        mask = torch.zeros(count, rows, length, dtype=self.dtype).masked_fill_(~seen, -math.inf)
-        groups = self.num_heads // self.num_kv_heads
-        return F.pad(mask.repeat_interleave(groups, 1), (0, 0, 0, -rows * groups % QUERY_MULTIPLE)).unsqueeze(1)
+            seen &= keys > _positions(batch, segments, place) - self.window
+        mask = np.where(seen, np.float32(0), np.float32(-np.inf)).repeat(self.per_head, axis=1)
+        padding = -rows * self.per_head % QUERY_MULTIPLE
+        return np.pad(mask, ((0, 0), (0, padding), (0, 0)))[:, None] if padding else mask[:, None]
 
-    def _positions(self, batch: ForwardBatch, members: list[int], rows: int) -> Tensor:
-        """Position of every padded row [B, R, 1]: a sliding window counts from the row's own depth, not from its slot."""
-        out = torch.zeros(len(members), rows, 1, dtype=torch.int64)
-        for i, b in enumerate(members):
-            own = batch.positions[batch.first_rows[b] : batch.first_rows[b] + batch.num_rows[b]]
-            out[i, : len(own), 0] = own.cpu()
-        return out
+
+def _positions(batch: ForwardBatch, segments: list[Segment], place: np.ndarray) -> np.ndarray:
+    """Position of every row [S, R, 1]: a sliding window counts from a row's depth, not from its slot."""
+    positions = place.copy()
+    own = batch.positions.tolist()
+    for i, segment in enumerate(segments):
+        begin = batch.first_rows[segment.member] + segment.first
+        positions[i, : segment.count, 0] = own[begin : begin + segment.count]
+    return positions
+
+
+def _rows(batch: ForwardBatch, segments: list[Segment], rows: int) -> tuple[np.ndarray | slice, np.ndarray | None]:
+    """Which fed rows a group takes, and which of its padded rows it gives back (None: all)."""
+    firsts = [batch.first_rows[segment.member] + segment.first for segment in segments]
+    if all(segment.count == rows for segment in segments):
+        if firsts == list(range(firsts[0], firsts[0] + rows * len(firsts), rows)):
+            return slice(firsts[0], firsts[0] + rows * len(firsts)), None
+        return (np.array(firsts)[:, None] + np.arange(rows)).reshape(-1), None
+    counts = np.array([segment.count for segment in segments])[:, None]
+    steps = np.arange(rows)
+    take = (np.array(firsts)[:, None] + np.minimum(steps, counts - 1)).reshape(-1)
+    return take, np.flatnonzero(steps < counts)
