@@ -1,15 +1,16 @@
 """Paged tree attention in plain torch, tuned for CPUs: planned once per step, run once per layer, batched over sequences.
 
-A sequence's rows are cut into segments that end where the keys fill another `KEY_SPAN`; segments that need the same number
-of keys are attended together. One gather brings their contexts out of the pool and one masked attention serves all. So a
-long prompt chunk skips the keys behind each segment, and decoding sequences of different length pad little. Tested
-against `kernels.reference.tree_attention`, the definition.
+A sequence's rows are cut into segments where they cross a multiple of `SPAN`, and segments of like shape are attended together:
+one gather brings their contexts out of the pool, two batched matmuls with a masked softmax between them serve all. So a
+long prompt chunk skips the keys behind each segment. Tested against `kernels.reference.tree_attention`, the definition.
 
-A row's result is bit for bit the same whatever shares the step with it (torch 2.13, bf16 and float32), because the shapes
-that its sums are taken over follow from its own position alone. SDPA's CPU kernel changes the order of its sums with the number
-of keys (hence whole spans), for query blocks of fewer than four rows (hence multiples of four) and from 192 query rows
-on (hence fewer). A batched matmul would be faster for many sequences (95 us against 204 at 16 x 128 keys, bf16, two threads)
-but rounds otherwise, so a request alone and in a batch would differ.
+A row's result is bit for bit the same whatever shares the step with it (torch 2.13; tests/engine/test_row_invariance.py). In bf16
+oneDNN's matmuls give that nearly by themselves: they sum in another order for a single row, and beyond 1,024 keys. In float32
+MKL's do so below four rows and with every other number of keys. Hence rows are padded, contexts on either side of 1,024
+keys are kept apart, and in float32 keys come in whole spans, whose number follows from a row's own position.
+SDPA's CPU kernel was measured too (bf16, 3 key heads of 64, two threads, us at 1 / 4 / 16 sequences of 256 keys): SDPA
+21 / 53 / 202, matmuls 38 / 49 / 106; 28 rows of one sequence 56 and 50, a prompt chunk 772 and 296. It differs from float32
+logits by as much (KL 0.00094 on 4,000 tokens of text, both).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 import torch
@@ -26,19 +28,23 @@ from torch import Tensor
 from engine.models.batch import ForwardBatch
 from kernels import reference
 
-KEY_SPAN = 128  # keys
-QUERY_MULTIPLE = 4
-MAX_QUERY_ROWS = 188  # fed rows * query heads per key head
+SPAN = 128  # keys
+KEY_MULTIPLE = 16  # keys are padded to whole multiples
+BLOCKED_KEYS = 1024  # beyond as many, oneDNN sums in blocks
+MIN_ROWS = {torch.bfloat16: 2}  # query rows of one key head
+OTHER_MIN_ROWS = 4
 ROW_CLASSES = (1, 4, 12, 32)  # segments of similar size are padded to the longest among them
+MAX_PADDING = 2  # a group's longest context is at most this many times its shortest, or two spans longer
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Rows first ... first + count of one sequence's fed rows."""
+    """Rows first ... first + count of one sequence's fed rows, and the keys that the last of them needs."""
 
     member: int  # index of the sequence in the batch
     first: int
     count: int
+    num_keys: int
 
 
 @dataclass(slots=True)
@@ -49,7 +55,7 @@ class Group:
     num_segments: int
     num_rows: int
     num_keys: int
-    mask: Tensor  # [S, 1, R * G padded, L] additive, in the model's dtype
+    mask: Tensor  # [S * K, R * G padded, L] additive, in the model's dtype
     take: Tensor | slice  # fed rows of the group, padded: [S * R], or a slice when nothing is padded
     give: Tensor | None  # positions in the padded output [rows of the group]; None when nothing is padded
 
@@ -65,19 +71,19 @@ class ReferenceAttention:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.per_head = num_heads // num_kv_heads
         self.block_size, self.dtype, self.window = block_size, dtype, window
-        self.max_rows = max(MAX_QUERY_ROWS // self.per_head, 1)
+        self.exact_keys = dtype != torch.bfloat16
+        self.min_rows = MIN_ROWS.get(dtype, OTHER_MIN_ROWS)
         self.groups: list[Group] = []
         self.kv_rows = torch.empty(0, dtype=torch.int64)
 
     def plan(self, batch: ForwardBatch) -> None:
         """Index tensors and masks of one step, shared by all layers."""
         self.kv_rows = reference.kv_rows(batch.slots, self.num_kv_heads, self.block_size).view(-1)
-        alike: dict[tuple[int, int], list[Segment]] = defaultdict(list)
+        alike: dict[int, list[Segment]] = defaultdict(list)
         for member, (context, rows) in enumerate(zip(batch.context_lens, batch.num_rows, strict=True)):
             for segment in self._segments(member, context, rows):
-                span = (context + segment.first) // KEY_SPAN
-                alike[span, sum(segment.count > size for size in ROW_CLASSES)].append(segment)
-        self.groups = [self._group(batch, segments, (span + 1) * KEY_SPAN) for (span, _), segments in alike.items()]
+                alike[sum(segment.count > size for size in ROW_CLASSES)].append(segment)
+        self.groups = [self._group(batch, group) for segments in alike.values() for group in self._by_length(segments)]
 
     def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
         """Store the fed rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""
@@ -102,23 +108,45 @@ class ReferenceAttention:
             q = q.view(count, heads, self.per_head, size)
         else:
             q = q.view(count, rows, heads, self.per_head, size).transpose(1, 2).reshape(count, heads, -1, size)
-        used = rows * self.per_head
-        if used != group.mask.shape[2]:
-            q = F.pad(q, (0, 0, 0, group.mask.shape[2] - used))
-        out = F.scaled_dot_product_attention(q, keys, values, attn_mask=group.mask, scale=scale)[:, :, :used]
+        used, padded = rows * self.per_head, group.mask.shape[1]
+        if used != padded:
+            q = F.pad(q, (0, 0, 0, padded - used))
+        flat = (count * heads, -1, size)
+        scores = torch.baddbmm(group.mask, q.reshape(flat), keys.reshape(flat).transpose(1, 2), alpha=scale)
+        out = torch.bmm(torch.softmax(scores, -1), values.reshape(flat)).view(count, heads, padded, size)[:, :, :used]
         if rows > 1:
             out = out.reshape(count, heads, rows, self.per_head, size).transpose(1, 2)
         return out.reshape(count * rows, self.num_heads * size)
 
     def _segments(self, member: int, context: int, rows: int) -> Iterator[Segment]:
+        multiple = SPAN if self.exact_keys else KEY_MULTIPLE
         first = 0
         while first < rows:
-            until_span = KEY_SPAN - (context + first) % KEY_SPAN
-            count = min(rows - first, until_span, self.max_rows)
-            yield Segment(member, first, count)
+            count = min(rows - first, SPAN - (context + first) % SPAN)
+            num_keys = -(-(context + first + count) // multiple) * multiple
+            yield Segment(member, first, count, num_keys)
             first += count
 
-    def _group(self, batch: ForwardBatch, segments: list[Segment], num_keys: int) -> Group:
+    def _by_length(self, segments: list[Segment]) -> Iterator[list[Segment]]:
+        """Groups that pad little, or nothing where the number of keys must be exact."""
+        group: list[Segment] = []
+        for segment in sorted(segments, key=attrgetter("num_keys")):
+            if group and segment.num_keys > self._longest_beside(group[0].num_keys):
+                yield sorted(group, key=attrgetter("member", "first"))
+                group = []
+            group.append(segment)
+        if group:
+            yield sorted(group, key=attrgetter("member", "first"))
+
+    def _longest_beside(self, num_keys: int) -> int:
+        """The most keys of a segment that may be attended together with a shortest one of `num_keys`."""
+        if self.exact_keys:
+            return num_keys
+        most = max(MAX_PADDING * num_keys, num_keys + 2 * SPAN)
+        return min(most, BLOCKED_KEYS) if num_keys <= BLOCKED_KEYS else most
+
+    def _group(self, batch: ForwardBatch, segments: list[Segment]) -> Group:
+        num_keys = max(segment.num_keys for segment in segments)
         width = -(-num_keys // self.block_size)
         tables = np.zeros((len(segments), width), dtype=np.int64)
         for i, segment in enumerate(segments):
@@ -140,7 +168,7 @@ class ReferenceAttention:
         )
 
     def _mask(self, batch: ForwardBatch, segments: list[Segment], rows: int, num_keys: int) -> np.ndarray:
-        """Additive mask [S, 1, R * G padded, L]: 0 where a row sees a key, -inf elsewhere; padding sees everything."""
+        """Additive mask [S * K, R * G padded, L]: 0 where a row sees a key, -inf elsewhere; padding sees everything."""
         keys = np.arange(num_keys)
         start = np.array([batch.context_lens[segment.member] + segment.first for segment in segments])
         place = start[:, None, None] + np.arange(rows)[:, None]  # [S, R, 1]
@@ -154,8 +182,8 @@ class ReferenceAttention:
         if self.window is not None:
             seen &= keys > _positions(batch, segments, place) - self.window
         mask = np.where(seen, np.float32(0), np.float32(-np.inf)).repeat(self.per_head, axis=1)
-        padding = -rows * self.per_head % QUERY_MULTIPLE
-        return np.pad(mask, ((0, 0), (0, padding), (0, 0)))[:, None] if padding else mask[:, None]
+        padding = max(self.min_rows - rows * self.per_head, 0)
+        return np.pad(mask, ((0, 0), (0, padding), (0, 0))).repeat(self.num_kv_heads, axis=0)
 
 
 def _positions(batch: ForwardBatch, segments: list[Segment], place: np.ndarray) -> np.ndarray:

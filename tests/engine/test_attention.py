@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.attention.reference import KEY_SPAN, MAX_QUERY_ROWS, ReferenceAttention
+from engine.attention.reference import SPAN, ReferenceAttention
 from engine.models.batch import ForwardBatch
 from engine.plan import Row
 from engine.request import Request, SamplingParams
@@ -20,7 +20,7 @@ HEADS, KV_HEADS, SIZE, BLOCK = 6, 2, 8, 4
 CPU = torch.device("cpu")
 
 trees = st.lists(st.integers(0, 10**6), max_size=7)  # entry i picks the parent of node i + 1
-members = st.tuples(st.integers(0, KEY_SPAN + 20), st.integers(1, MAX_QUERY_ROWS // 3 + 9), st.none() | trees)
+members = st.tuples(st.integers(0, SPAN + 20), st.integers(1, SPAN // 2), st.none() | trees)
 
 
 def build(shapes: list[tuple[int, int, list[int] | None]], rng: np.random.Generator) -> tuple[ForwardBatch, list[list[int]], int]:

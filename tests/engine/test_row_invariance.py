@@ -34,9 +34,9 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(1)
 
 
-def sequence(number: int, tokens: list[int]) -> Sequence:
+def sequence(number: int, tokens: list[int], blocks: int = 16) -> Sequence:
     seq = Sequence(number, request(str(number), tokens, max_tokens=4))
-    seq.block_ids = list(range(number * 16, number * 16 + 16))
+    seq.block_ids = list(range(number * blocks, number * blocks + blocks))
     return seq
 
 
@@ -94,3 +94,18 @@ def test_in_a_tree(worker: Worker, expected: torch.Tensor) -> None:
     assert torch.equal(found[0], expected[0])
     # Keys lie in node order in the pool and in path order in plain decoding, so sums over keys are taken in another order.
     torch.testing.assert_close(found[[2, 4, 6]].float(), expected[1:4].float(), rtol=0.05, atol=0.5)
+
+
+@pytest.mark.parametrize("context", [500, 1005])
+def test_in_long_contexts(context: int, worker: Worker) -> None:
+    """Where sums over keys are taken in blocks."""
+    tokens = TOKENS * 6
+    own, other, third = (sequence(i, tokens, blocks=70) for i in range(3))
+    hidden(worker, [(own, 0, context)])
+    one_by_one = torch.cat([hidden(worker, [(own, context + i, 1)]) for i in range(30)])
+    assert torch.equal(hidden(worker, [(own, context, 30)]), one_by_one)
+    in_chunks = [hidden(worker, [(other, first, min(300, context + 30 - first))]) for first in range(0, context + 30, 300)]
+    assert torch.equal(torch.cat(in_chunks)[context:], one_by_one)
+    hidden(worker, [(third, 0, 1030)])
+    batched = hidden(worker, [(own, context, 2), (third, 1030, 3), (other, 200, 1)])
+    assert torch.equal(batched[:2], one_by_one[:2])
