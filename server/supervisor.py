@@ -23,6 +23,9 @@ logger = logging.getLogger("outrider.supervisor")
 # -P: the current directory, which may hold an `engine` of its own, does not come first on the module path.
 COMMAND = (sys.executable, "-P", "-m", "engine.loop")
 ROOT = Path(__file__).resolve().parent.parent  # where our packages lie
+# glibc reads this before main(), so only a parent can set it: weights in huge pages, which are streamed through once per
+# step, from one heap instead of a mapping each. One stream on a CPU: steps 4 % shorter (three runs each, in turn), no more memory.
+MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=1073741824"
 STDERR = 2  # file descriptor: standard output is the server's one line
 TICK = 1.0  # seconds between two looks of the watchdog
 STOP_SECONDS = 5.0  # for a Shutdown to be obeyed
@@ -150,9 +153,8 @@ class Supervisor:
             log_level=self.log_level,  # type: ignore[arg-type]  # checked by ServerConfig
         )
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        process = await asyncio.create_subprocess_exec(
-            *self.command, stdin=asyncio.subprocess.PIPE, stdout=STDERR, env=os.environ | {"PYTHONPATH": path}
-        )
+        env = {"GLIBC_TUNABLES": MALLOC} | os.environ | {"PYTHONPATH": path}
+        process = await asyncio.create_subprocess_exec(*self.command, stdin=asyncio.subprocess.PIPE, stdout=STDERR, env=env)
         assert process.stdin is not None
         process.stdin.write(msgspec.msgpack.encode(config))
         with contextlib.suppress(ConnectionError):  # it died already: its exit code says more
