@@ -13,7 +13,7 @@ from kernels import reference
 
 
 class KVCache:
-    """kv [layers, blocks, 2, kv heads, block size, head size]; see kernels/reference.py for why this layout."""
+    """kv [layers, blocks + 1, 2, kv heads, block size, head size]; see kernels/reference.py for why this layout."""
 
     def __init__(
         self,
@@ -28,7 +28,9 @@ class KVCache:
         self.block_size = block_size
         self.num_blocks = num_blocks
         # Zeroed, not empty: masked keys of a half-filled block are multiplied by a zero weight, and 0 * NaN is NaN.
-        shape = (num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim)
+        # One block more than are handed out: padding rows of a step are stored there.
+        self.scratch_slot = num_blocks * block_size
+        shape = (num_layers, num_blocks + 1, 2, num_kv_heads, block_size, head_dim)
         self.kv = _zero_pages(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         self.layers = list(self.kv.unbind(0))
 

@@ -10,9 +10,9 @@ from engine.config import EngineConfig
 from engine.kv import KVCache
 from engine.models.config import ModelConfig
 
-# On a CPU the pool shares memory with everything else, so it stays modest unless asked for: 17,000 tokens of a 135M
+# On a CPU the pool shares memory with everything else, so it stays modest unless asked for: 11,000 tokens of a 135M
 # model; the whole server then fits in 1.2 GB.
-CPU_KV_BYTES = 384 << 20
+CPU_KV_BYTES = 256 << 20
 GPU_WORKSPACE_BYTES = 1 << 30  # activations and logits of one step
 
 

@@ -97,7 +97,8 @@ class Worker:
         forest = self.drafting.draft(tree_seqs, [plan.rows[i].budget for i in judged])
         clock.append(time.perf_counter())
 
-        batch = ForwardBatch.build(seqs, plan.rows, forest, trees, self.config.block_size, self.device)
+        block_size, scratch = self.config.block_size, self.kv.scratch_slot
+        batch = ForwardBatch.build(seqs, plan.rows, forest, trees, block_size, self.device, scratch)
         needs = self.drafting.needs
         hidden, layers = self.runner.forward(batch, needs.hidden_layers)
         logits = self.runner.node_logits(hidden, batch)
@@ -110,7 +111,7 @@ class Worker:
 
         roots = [plan.rows[i].num_computed + plan.rows[i].num_new - 1 for i in judged]
         self.kv.commit(tree_seqs, roots, forest, verdict)
-        self.drafting.observe(tree_seqs, forest, verdict, self._signals(logits, layers, scores))
+        self.drafting.observe(tree_seqs, forest, verdict, self._signals(logits, layers, scores, batch.num_tokens))
         results = self._results(plan, seqs, trees, forest, verdict, logits)
         self._prompt_logprobs(plan, seqs, batch, hidden, results)
         self._commit(seqs, plan.rows, results)
@@ -137,9 +138,9 @@ class Worker:
             seq.num_computed = row.num_computed
         return seqs
 
-    def _signals(self, logits: torch.Tensor, layers: dict[int, torch.Tensor], scores: torch.Tensor) -> Observed:
+    def _signals(self, logits: torch.Tensor, layers: dict[int, torch.Tensor], scores: torch.Tensor, num_rows: int) -> Observed:
         needs = self.drafting.needs
-        observed = Observed(hidden=layers)
+        observed = Observed(hidden={layer: rows[:num_rows] for layer, rows in layers.items()})
         if needs.top_k:
             observed.top_logits, observed.top_ids = torch.topk(logits, needs.top_k, dim=-1)
         if needs.probabilities:

@@ -25,7 +25,7 @@ COMMAND = (sys.executable, "-P", "-m", "engine.loop")
 ROOT = Path(__file__).resolve().parent.parent  # where our packages lie
 # glibc reads this before main(), so only a parent can set it: weights in huge pages, which are streamed through once per
 # step, from one heap instead of a mapping each. One stream on a CPU: steps 4 % shorter (three runs each, in turn); no more memory
-MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=1073741824"
+MALLOC = "glibc.malloc.hugetlb=1"
 STDERR = 2  # file descriptor: standard output is the server's one line
 TICK = 1.0  # seconds between two looks of the watchdog
 STOP_SECONDS = 5.0  # for a Shutdown to be obeyed

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 import numpy as np
@@ -29,11 +29,13 @@ from engine.models.batch import ForwardBatch
 from kernels import reference
 
 SPAN = 128  # keys
-KEY_MULTIPLE = 16  # keys are padded to whole multiples
+KEY_MULTIPLE = 64
+SEGMENT_MULTIPLE = 4  # beyond 8 segments
 BLOCKED_KEYS = 1024  # beyond as many, oneDNN sums in blocks
 MIN_ROWS = {torch.bfloat16: 2}  # query rows of one key head
 OTHER_MIN_ROWS = 4
-ROW_CLASSES = (1, 4, 12, 32)  # segments of similar size are padded to the longest among them
+# Shapes are rounded up, or oneDNN compiles and keeps kernels for ever new ones: rows to one of these, keys and segments as below.
+ROW_CLASSES = (1, 4, 12, 32, 64, 128)
 MAX_PADDING = 2  # a group's longest context is at most this many times its shortest, or two spans longer
 
 
@@ -82,15 +84,17 @@ class ReferenceAttention:
         alike: dict[int, list[Segment]] = defaultdict(list)
         for member, (context, rows) in enumerate(zip(batch.context_lens, batch.num_rows, strict=True)):
             for segment in self._segments(member, context, rows):
-                alike[sum(segment.count > size for size in ROW_CLASSES)].append(segment)
-        self.groups = [self._group(batch, group) for segments in alike.values() for group in self._by_length(segments)]
+                alike[next(size for size in ROW_CLASSES if segment.count <= size)].append(segment)
+        self.groups = [
+            self._group(batch, _padded(group), rows) for rows, segments in alike.items() for group in self._by_length(segments)
+        ]
 
     def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
         """Store the fed rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""
         kv.view(-1, self.head_dim).index_copy_(0, self.kv_rows, new.reshape(-1, self.head_dim))
-        if len(self.groups) == 1 and isinstance(self.groups[0].take, slice):
+        if len(self.groups) == 1 and self.groups[0].take == slice(0, len(q)):
             return self._attend(kv, q, self.groups[0], scale)
-        out = q.new_empty(q.shape[0], self.num_heads * self.head_dim)
+        out = q.new_zeros(q.shape[0], self.num_heads * self.head_dim)
         for group in self.groups:
             rows = self._attend(kv, q[group.take], group, scale)
             if group.give is None:
@@ -145,7 +149,7 @@ class ReferenceAttention:
         most = max(MAX_PADDING * num_keys, num_keys + 2 * SPAN)
         return min(most, BLOCKED_KEYS) if num_keys <= BLOCKED_KEYS else most
 
-    def _group(self, batch: ForwardBatch, segments: list[Segment]) -> Group:
+    def _group(self, batch: ForwardBatch, segments: list[Segment], rows: int) -> Group:
         num_keys = max(segment.num_keys for segment in segments)
         width = -(-num_keys // self.block_size)
         tables = np.zeros((len(segments), width), dtype=np.int64)
@@ -154,7 +158,6 @@ class ReferenceAttention:
             tables[i, : len(table)] = table
         side = np.arange(2 * self.num_kv_heads).reshape(2, 1, self.num_kv_heads, 1)
         gather = (tables[None, :, None, :] * (2 * self.num_kv_heads) + side).reshape(-1)
-        rows = max(segment.count for segment in segments)
         take, give = _rows(batch, segments, rows)
         device = batch.slots.device
         return Group(
@@ -186,6 +189,13 @@ class ReferenceAttention:
         return np.pad(mask, ((0, 0), (0, padding), (0, 0))).repeat(self.num_kv_heads, axis=0)
 
 
+def _padded(segments: list[Segment]) -> list[Segment]:
+    """With empty segments up to the next number of segments that kernels are kept for."""
+    if len(segments) <= 2 * SEGMENT_MULTIPLE:
+        return segments
+    return segments + [replace(segments[0], count=0)] * (-len(segments) % SEGMENT_MULTIPLE)
+
+
 def _positions(batch: ForwardBatch, segments: list[Segment], place: np.ndarray) -> np.ndarray:
     """Position of every row [S, R, 1]: a sliding window counts from a row's depth, not from its slot."""
     positions = place.copy()
@@ -205,5 +215,5 @@ def _rows(batch: ForwardBatch, segments: list[Segment], rows: int) -> tuple[np.n
         return (np.array(firsts)[:, None] + np.arange(rows)).reshape(-1), None
     counts = np.array([segment.count for segment in segments])[:, None]
     steps = np.arange(rows)
-    take = (np.array(firsts)[:, None] + np.minimum(steps, counts - 1)).reshape(-1)
+    take = (np.array(firsts)[:, None] + np.minimum(steps, np.maximum(counts - 1, 0))).reshape(-1)
     return take, np.flatnonzero(steps < counts)

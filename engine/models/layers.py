@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.models.batch import padded_rows
+
 
 class Linear:
     """y = x W^T + b, with an optional addend. On a CPU the weight [out, in] is kept in oneDNN's own blocked layout.
@@ -58,7 +60,10 @@ class Head:
         self.rows = rows if linear.packed and rows is not None and rows.dtype != torch.float32 else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        logits = self.linear(x).float()
+        rows = len(x)
+        if padding := padded_rows(rows) - rows:
+            x = F.pad(x, (0, 0, 0, padding))
+        logits = self.linear(x)[:rows].float()
         if self.rows is not None:
             self._settle(logits, x, self.rows)
         return logits
