@@ -44,15 +44,16 @@ def settle(config: ProcessConfig) -> None:
 
 
 SPIN_COUNT = "3000"
-KERNELS_KEPT = "256"  # compiled by oneDNN, one per shape; 1,024 by default, 90 MB more under 32 streams and no faster
+# Compiled by oneDNN, one per shape; 1,024 by default. Measured at 200: 70-86 MB less at the peak of 32 streams, as fast.
+KERNELS_KEPT = "256"
 
 
 def set_threads(count: int | None) -> None:
     """To be called before torch is imported: OpenMP reads its environment once. None: as the environment says, or all cores.
 
-    The front end and the clients share the cores. A thread that waits spins for about a millisecond by default, in which
-    whoever has the work gets no core: with busy neighbours a step of 30 ms took 800. Sleeping at once (passive) makes a
-    step of 13 ms one of 25 on an idle machine; 3,000 turns cost nothing there and kept a step at 34-54 ms among neighbours.
+    The front end and the clients share the cores. A thread that waits spins, and while it does, whoever has the work may get
+    no core: among busy neighbours a step took 800 ms by default and 34 ms with 2,000 turns. Sleeping at once (passive)
+    makes a step of 13 ms one of 25 on an idle machine; 3,000 turns cost nothing there. See bench/RESULTS.md.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)
     if "OMP_WAIT_POLICY" not in os.environ:

@@ -23,8 +23,8 @@ logger = logging.getLogger("outrider.supervisor")
 # -P: the current directory, which may hold an `engine` of its own, does not come first on the module path.
 COMMAND = (sys.executable, "-P", "-m", "engine.loop")
 ROOT = Path(__file__).resolve().parent.parent  # where our packages lie
-# glibc reads this before main(), so only a parent can set it: weights in huge pages, which are streamed through once per
-# step, from one heap instead of a mapping each. One stream on a CPU: steps 4 % shorter (three runs each, in turn); no more memory
+# glibc reads this before main(), so only a parent can set it: weights, which are streamed through once per step, in huge pages.
+# One stream on a CPU: steps 3-4 % shorter (medians of three runs each, in turn).
 MALLOC = "glibc.malloc.hugetlb=1"
 STDERR = 2  # file descriptor: standard output is the server's one line
 TICK = 1.0  # seconds between two looks of the watchdog

@@ -17,7 +17,7 @@ from engine.tree import DraftForest
 def padded_rows(rows: int) -> int:
     """Rows of a matrix product, rounded up: every other number of rows is another kernel that oneDNN compiles and keeps.
 
-    Unrounded, an hour's mix of batches left 700 MB of kernels behind.
+    64 requests at 32 streams with n-gram drafts left 908 MB of the heap in use unrounded, 606 MB rounded.
     """
     if rows <= 16:
         return rows
