@@ -23,8 +23,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1
     drafters: list[str] = msgspec.field(default_factory=lambda: ["prediction", "ngram"])
     verifier: str = "match"
-    policy: str = "fixed"  # fixed | off
+    policy: str = "fixed"  # goodput | fixed | off
     budget: int = 8  # draft nodes per sequence and step under `fixed`
+    max_budget: int = 32  # most draft nodes per sequence and step under `goodput`
+    max_itl_ms: float | None = None  # a step is not planned to take longer than this, as long as speculation is what costs
+    profile: bool = True  # measure the cost tables at start where none are kept on disk (False: begin with a coarse guess)
+    cache_dir: str | None = None  # where cost tables and compiled kernels are kept; None: ~/.cache/outrider
+    draft_model: str | None = None  # drafter `draft_model`: directory or .gguf file with the target's vocabulary
+    datastore: str | None = None  # drafter `rest`: file built by `outrider datastore build`
+    lossy: bool = False  # allow verifiers that are not lossless
+    drafter_memory_bytes: int = 64 << 20  # most memory of each kind of shared drafter state
     num_threads: int | None = None  # None: all cores this process may use
     load_format: Literal["auto", "native", "transformers"] = "auto"  # transformers: force the fallback models
     check_integrity: bool = False  # verify the block pool after every step (tests)

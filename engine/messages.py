@@ -30,6 +30,11 @@ class SequenceUsage(msgspec.Struct, omit_defaults=True):
     accepted_tokens: int = 0
     preemptions: int = 0
     first_scheduled_time: float = 0.0  # time.monotonic(), seconds
+    accepted_per_position: list[int] = []  # [d]: verify steps in which the draft stood to depth d + 1 or further
+    drafted_by: dict[str, int] = {}  # draft nodes shown to the target, by drafter
+    accepted_by: dict[str, int] = {}
+    budget_reasons: dict[str, int] = {}  # verify steps by what limited their budget (engine/policies: Reason)
+    seconds_saved: float = 0.0  # estimated: plain decoding's predicted time for the same tokens, less the steps' own share
 
 
 class TokenDelta(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -72,6 +77,8 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     max_num_seqs: int
     max_num_batched_tokens: int
     load_seconds: float
+    verifiers: list[str] = []  # that a request may choose: lossless, and exact for every configured drafter
+    max_budget: int = 0  # most draft nodes of one sequence in one step
     eos_ids: list[int] = []  # ids that end a sequence, from the model's own generation settings
 
 
@@ -104,7 +111,18 @@ class EngineStats(msgspec.Struct, kw_only=True):
     seconds_verify: float = 0.0
     seconds_commit: float = 0.0
     seconds_step: float = 0.0  # whole steps, the parts above included
+    num_dropped_tokens: int = 0  # drafted, then dropped by the budget before the target saw them
+    drafts_by_drafter: dict[str, int] = {}  # trees
+    seconds_draft_by_drafter: dict[str, float] = {}
+    predicted_tokens: float = 0.0  # what the policy expected the steps it decided to commit, and
+    predicted_seconds: float = 0.0  # to take;
+    decided_tokens: int = 0  # what the same steps did commit, and
+    decided_seconds: float = 0.0  # did take
+    # gauges of the policy
+    calibration_error: float = 0.0  # mean |predicted - observed| survival of a draft node, recent steps
+    cost_error: float = 0.0  # mean |predicted / measured - 1| of a step's time, recent steps
     # observations since the previous message
+    draft_depths: list[int] = []  # depth of the deepest draft of each step
     draft_nodes: list[int] = []  # draft nodes of each step, all sequences together
     iteration_tokens: list[int] = []  # rows of each step's forward
 

@@ -47,6 +47,12 @@ class RowResult(msgspec.Struct):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None  # of prompt positions num_computed+1 ... num_computed+num_new
     error: str | None = None
+    depth: int = 0  # of the deepest draft node
+    num_dropped: int = 0  # drafted nodes that the budget dropped before the target saw them
+    drafted_by: dict[str, int] = {}  # draft nodes by drafter, where trees were fused; else all are `drafter`'s
+    accepted_by: dict[str, int] = {}
+    reason: str = ""  # what limited the budget
+    seconds_saved: float = 0.0  # estimated
 
     @property
     def num_accepted(self) -> int:
@@ -68,3 +74,4 @@ class StepResult(msgspec.Struct):
     times: StepTimes
     num_forward_tokens: int = 0
     fallbacks: dict[str, int] = {}  # drafter fallbacks in this step, by reason
+    draft_seconds: dict[str, float] = {}  # by drafter

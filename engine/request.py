@@ -36,6 +36,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature < 1e-5
 
 
+class Speculation(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a request asks of speculation, within what the server is configured for. None leaves the choice to the policy."""
+
+    off: bool = False  # plain decoding
+    drafters: list[str] | None = None  # only these, each one of the configured drafters
+    max_nodes: int | None = None  # most draft nodes per step
+    verifier: str | None = None  # one of those the configuration allows (EngineInfo.verifiers)
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One client request. A request with n = 4 becomes four `Sequence`s with sample indices 0..3."""
 
@@ -46,5 +55,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prediction_ids: list[int] = []  # OpenAI `prediction`: used as a draft, never as a constraint
     priority: int = 0  # lower runs first (vLLM's convention); ties by arrival
     cache_salt: str = ""  # prefix cache and shared drafter state are never shared across salts
+    speculation: Speculation = Speculation()
     report_usage: bool = False  # every delta carries the usage so far: the front end may end the request itself (stop strings)
     arrival_time: float = 0.0  # time.monotonic() of the front end, seconds (CLOCK_MONOTONIC: one clock for all processes)

@@ -9,11 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+if TYPE_CHECKING:
+    import torch
+
 Int = NDArray[np.int32]
+Float = NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -22,6 +27,12 @@ class DraftForest:
 
     token [N], parent [N] (index inside the own tree, -1 for the root), depth [N] (root 0), start [B+1] (tree b owns nodes
     start[b]:start[b+1]); drafter [B] names who drafted the tree ("" for a bare root).
+
+    confidence [N], where the drafter has one: its own estimate of P(node stands | its parent stands), 1 for a root; raw,
+    the policy calibrates it. law [K, V] and law_row [N], only for children drawn from a draft law (Siblings IID and DISTINCT):
+    the children of node i were drawn, in node order, from softmax-normalised law[law_row[i]] (float32 probabilities, exactly
+    the law of the draw); -1 where they were chosen deterministically. node_drafter [N] names who drafted each node where
+    trees of several drafters were fused into one.
     """
 
     token: Int
@@ -29,6 +40,10 @@ class DraftForest:
     depth: Int
     start: Int
     drafter: list[str] = field(default_factory=list)
+    confidence: Float | None = None
+    law: torch.Tensor | None = None
+    law_row: Int | None = None
+    node_drafter: list[str] | None = None
 
     @property
     def num_trees(self) -> int:
@@ -71,6 +86,30 @@ class DraftForest:
             tokens.append(int(self.token[first + node]))
             node = int(self.parent[first + node])
         return tokens[::-1]
+
+    def keep(self, kept: NDArray[np.bool_]) -> DraftForest:
+        """The forest of the nodes with kept [N] true. ValueError when a root, or the parent of a kept node, is not."""
+        sizes = np.diff(self.start)
+        first = np.repeat(self.start[:-1], sizes)
+        up = first + np.maximum(self.parent, 0)
+        if not kept[self.start[:-1]].all() or not kept[up[kept]].all():
+            raise ValueError("a forest is cut below a node, never above one that stays")
+        rank = np.cumsum(kept, dtype=np.int32) - 1  # global index after the cut
+        start = np.concatenate(([0], np.cumsum(kept, dtype=np.int32)[self.start[1:] - 1])).astype(np.int32)
+        owner = np.repeat(np.arange(self.num_trees), sizes)
+        parent = np.where(self.parent < 0, -1, rank[up] - start[owner]).astype(np.int32)
+        names = [name if size > 1 else "" for name, size in zip(self.drafter, np.diff(start).tolist(), strict=False)]
+        return DraftForest(
+            self.token[kept],
+            parent[kept],
+            self.depth[kept],
+            start,
+            names,
+            None if self.confidence is None else self.confidence[kept],
+            self.law,
+            None if self.law_row is None else self.law_row[kept],
+            None if self.node_drafter is None else [n for n, k in zip(self.node_drafter, kept.tolist(), strict=True) if k],
+        )
 
     @classmethod
     def from_chains(

@@ -1,0 +1,49 @@
+"""Cutting a draft forest."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.tree import DraftForest
+
+
+def _forest() -> DraftForest:
+    #   1          8
+    #  2 3         |
+    #  4 5         9
+    forest = DraftForest.from_parents([([1, 2, 3, 4, 5], [-1, 0, 0, 1, 2]), ([8, 9], [-1, 0]), ([7], [-1])], ["a", "b", ""])
+    forest.confidence = np.linspace(1, 0, forest.num_nodes, dtype=np.float32)
+    forest.node_drafter = ["", *"aaaa", "", "b", ""]
+    return forest
+
+
+def test_a_cut_keeps_paths_and_their_numbers() -> None:
+    forest = _forest()
+    kept = np.array([1, 0, 1, 0, 1, 1, 0, 1], dtype=bool)
+    cut = forest.keep(kept)
+    assert cut.token.tolist() == [1, 3, 5, 8, 7]
+    assert cut.parent.tolist() == [-1, 0, 1, -1, -1]
+    assert cut.depth.tolist() == [0, 1, 2, 0, 0]
+    assert cut.start.tolist() == [0, 3, 4, 5]
+    assert cut.drafter == ["a", "", ""]
+    assert cut.confidence is not None and forest.confidence is not None
+    assert cut.confidence.tolist() == forest.confidence[kept].tolist()
+    assert cut.node_drafter == ["", "a", "a", "", ""]
+    assert cut.path(0, 2) == [3, 5]
+
+
+def test_keeping_all_changes_nothing() -> None:
+    forest = _forest()
+    same = forest.keep(np.ones(forest.num_nodes, dtype=bool))
+    for name in ("token", "parent", "depth", "start"):
+        assert getattr(same, name).tolist() == getattr(forest, name).tolist()
+    assert same.drafter == forest.drafter
+
+
+@pytest.mark.parametrize("missing", [0, 1, 5])
+def test_no_node_stays_without_its_parent(missing: int) -> None:
+    kept = np.ones(8, dtype=bool)
+    kept[missing] = False
+    with pytest.raises(ValueError, match="cut below"):
+        _forest().keep(kept)
