@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
+from engine.config import EngineConfig
 from engine.protocols import Drafter, Policy, Verifier
 
 DRAFTERS = {
@@ -32,18 +34,37 @@ def make(kind: str, name: str, **options: Any) -> Any:
 
     Raises ValueError for an unknown name, listing the known ones.
     """
+    return load(kind, name)(**options)
+
+
+def load(kind: str, name: str) -> Any:
+    """The class behind a name. Raises ValueError for an unknown name, listing the known ones."""
     known = KINDS[kind]
     if name not in known:
         close = get_close_matches(name, known, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(f"there is no {kind} {name!r}{hint}; known: {', '.join(sorted(known))}")
     module, _, attribute = known[name].partition(":")
-    return getattr(import_module(module), attribute)(**options)
+    return getattr(import_module(module), attribute)
 
 
-def make_drafter(name: str, **options: Any) -> Drafter:
-    drafter: Drafter = make("drafter", name, **options)
+def make_drafter(name: str, offers: Mapping[str, Any] | None = None, **options: Any) -> Drafter:
+    """A drafter given its options, and of `offers` what its constructor has a parameter of that name for."""
+    wanted = signature(load("drafter", name)).parameters
+    offered = {key: value for key, value in (offers or {}).items() if key in wanted}
+    drafter: Drafter = make("drafter", name, **(offered | options))
     return drafter
+
+
+def drafter_offers(config: EngineConfig, vocab_size: int, eos_ids: frozenset[int]) -> dict[str, Any]:
+    """What the engine offers to the constructor of every drafter: one that needs it names it as a parameter."""
+    return {
+        "vocab_size": vocab_size,
+        "eos_ids": eos_ids,
+        "memory_bytes": config.drafter_memory_bytes,  # most bytes of state that outlives a sequence, all salts together
+        "draft_model": config.draft_model,
+        "datastore": config.datastore,
+    }
 
 
 def make_verifier(name: str, **options: Any) -> Verifier:

@@ -44,7 +44,8 @@ class Worker:
         torch.set_grad_enabled(False)
         self.model_config = load_config(config.model)
         dtype = _dtype(config.dtype, self.model_config.dtype)
-        drafters = [registry.make_drafter(name) for name in config.drafters]
+        offers = registry.drafter_offers(config, self.model_config.vocab_size, frozenset(self.model_config.eos_token_ids))
+        drafters = [registry.make_drafter(name, offers) for name in config.drafters]
         self.verifier = registry.make_verifier(config.verifier)
         registry.check_pairing(drafters, self.verifier)
         model = load_model(config, self.model_config, dtype, self.device)
