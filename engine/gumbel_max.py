@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.noise import GUMBEL_MAX, block_words, gumbel, gumbel_at, to_gumbel
+from engine.noise import GUMBEL_MAX, TARGET, block_words, gumbel, gumbel_at, to_gumbel
 
 # The bound rests on the tokens this close to the best score (7 in the mean row at T = 1), at most so many.
 NEAR, NEAR_MOST = 3.0, 4
@@ -26,11 +26,12 @@ UNUSABLE = -1  # no token: the row holds NaN or infinity, or nothing is allowed
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where one row's noise lies; `position` counts output tokens from 0."""
+    """Where one row's noise lies; `position` counts output tokens from 0, `stream` is one of engine/noise.py."""
 
     seed: int
     sample: int
     position: int
+    stream: int = TARGET
 
 
 def gumbel_argmax(scores: Tensor, rows: Sequence[int], addresses: Sequence[Address]) -> list[int]:
@@ -42,10 +43,10 @@ def gumbel_argmax(scores: Tensor, rows: Sequence[int], addresses: Sequence[Addre
         return []
     if scores.device.type == "cpu":
         return _argmax_cpu(scores, rows, addresses)
-    seeds, samples, positions = zip(*((a.seed, a.sample, a.position) for a in addresses), strict=True)
+    seeds, samples, positions, streams = zip(*((a.seed, a.sample, a.position, a.stream) for a in addresses), strict=True)
     index = torch.tensor(rows, device=scores.device)
     tokens = torch.arange(scores.shape[1], device=scores.device).expand(len(rows), -1)
-    return first_argmax(scores[index].float() + gumbel(seeds, samples, positions, tokens))
+    return first_argmax(scores[index].float() + gumbel(seeds, samples, positions, tokens, stream=streams))
 
 
 def first_argmax(scores: Tensor) -> list[int]:
@@ -112,7 +113,7 @@ def _argmax_cpu(scores: Tensor, rows: Sequence[int], addresses: Sequence[Address
         if len(blocks) <= SMALL:
             small.append((draw, blocks, place))
         else:
-            words = block_words(address.seed, address.sample, address.position, blocks)
+            words = block_words(address.seed, address.sample, address.position, blocks, address.stream)
             chosen[i] = draw.winner(_pick(words, draw.tokens, place))
     # A call for a few hundred blocks is all overhead: small draws share one.
     words = _words_together(small)
@@ -127,12 +128,13 @@ def _words_together(draws: list[tuple[_Draw, np.ndarray, np.ndarray]]) -> np.nda
     """The words [4, N] of the blocks of all draws."""
     if not draws:
         return np.empty((4, 0), dtype=np.uint32)
-    addresses = [(draw.address.seed, draw.address.sample, draw.address.position) for draw, _, _ in draws]
+    addresses = [(draw.address.seed, draw.address.sample, draw.address.position, draw.address.stream) for draw, _, _ in draws]
     if len(draws) == 1:
-        return block_words(*addresses[0], draws[0][1])
+        seed, sample, position, stream = addresses[0]
+        return block_words(seed, sample, position, draws[0][1], stream)
     sizes = [len(blocks) for _, blocks, _ in draws]
-    seed, sample, position = np.repeat(np.array(addresses, dtype=np.uint64).T, sizes, axis=1)
-    return block_words(seed, sample, position, np.concatenate([blocks for _, blocks, _ in draws]))
+    seeds, samples, positions, streams = np.repeat(np.array(addresses, dtype=np.uint64).T, sizes, axis=1)
+    return block_words(seeds, samples, positions, np.concatenate([blocks for _, blocks, _ in draws]), streams)
 
 
 def _pick(words: np.ndarray, tokens: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -151,4 +153,4 @@ def _blocks(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _noise_at(address: Address, token: int) -> float:
-    return gumbel_at(address.seed, address.sample, address.position, token)
+    return gumbel_at(address.seed, address.sample, address.position, token, address.stream)

@@ -23,6 +23,7 @@ class Siblings(Enum):
     COUPLED = "coupled"  # drawn with the target's own noise
     IID = "iid"  # drawn independently from q
     DISTINCT = "distinct"  # drawn from q without replacement
+    GREEDY = "greedy"  # the likeliest of q and then one token drawn from the rest of q, renormalised: that is the node's law
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +68,17 @@ class Drafter(Protocol):
 
 
 class Verifier(Protocol):
-    """Decides which draft nodes stand. `scores` is what `target_law` made of the logits, one row per node."""
+    """Decides which draft nodes stand. `scores` is what `target_law` made of the logits, one row per node.
+
+    `anticipates`: may nodes be dropped after drafting by somebody who has looked at their tokens? A rule that judges a token
+    by the law q it was drawn from is biased by that (core.md 0.4, R1): False. It concerns trees with sampled nodes
+    (`DraftForest.is_sampled`); nodes that were chosen deterministically may be dropped under every verifier.
+    """
 
     name: str
     accepts: frozenset[Siblings]
     lossless: bool
+    anticipates: bool
 
     def verify(self, forest: DraftForest, scores: torch.Tensor, seqs: Seq[Sequence]) -> Verdict: ...
 

@@ -70,6 +70,10 @@ class DraftForest:
         first = np.repeat(self.start[:-1], np.diff(self.start))
         return bool((self.depth == np.arange(self.num_nodes) - first).all())
 
+    def is_sampled(self, tree: int) -> bool:
+        """True when some children of the tree were drawn from a draft law."""
+        return self.law_row is not None and bool((self.law_row[self.nodes(tree)] >= 0).any())
+
     def ancestors(self, tree: int) -> NDArray[np.bool_]:
         """anc[i, j]: node j is i or an ancestor of i. Shape [n, n], lower triangular."""
         parent = self.parent[self.nodes(tree)]

@@ -31,6 +31,7 @@ class MatchVerifier:
     name = "match"
     accepts = frozenset(Siblings)
     lossless = True
+    anticipates = True
 
     def __init__(self, draw: Draw = gumbel_argmax) -> None:
         self._draw = draw

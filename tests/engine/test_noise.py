@@ -8,7 +8,24 @@ import numpy as np
 import pytest
 import torch
 
-from engine.noise import GUMBEL_MAX, _bits_torch, block_words, gumbel, gumbel_at, philox, to_gumbel, to_uniform, uniform, word
+from engine.noise import (
+    COIN,
+    DRAWS,
+    GUMBEL_MAX,
+    RESIDUAL,
+    TARGET,
+    _bits_torch,
+    block_words,
+    coin,
+    draft_stream,
+    gumbel,
+    gumbel_at,
+    philox,
+    to_gumbel,
+    to_uniform,
+    uniform,
+    word,
+)
 
 # Random123's known answers for philox4x32-10: counter, key, words.
 KNOWN = [
@@ -120,3 +137,34 @@ def test_gumbel_argmax_follows_the_softmax() -> None:
         counts = (logits + noise).argmax(-1).bincount(minlength=8)
         expected = n * logits.softmax(-1)
         assert ((counts - expected) ** 2 / expected).sum().item() < 29.9
+
+
+def test_streams_are_independent_and_the_target_is_the_default() -> None:
+    seeds, samples, positions = [SEED] * 3, [1] * 3, [9] * 3
+    streams = [TARGET, RESIDUAL, draft_stream(5, 2)]
+    noise = gumbel(seeds, samples, positions, vocab_size=4001, stream=streams)
+    assert torch.equal(noise[0], gumbel([SEED], [1], [9], vocab_size=4001)[0])
+    assert abs(torch.corrcoef(noise.double()) - torch.eye(3)).max() < 0.06
+    token = torch.arange(4001).expand(3, -1)
+    assert torch.equal(noise, to_gumbel(_bits_torch(seeds, samples, positions, token, 0, torch.device("cpu"), streams)))
+    for row, stream in zip(noise, streams, strict=True):
+        assert row[17].item() == pytest.approx(gumbel_at(SEED, 1, 9, 17, stream), rel=1e-6)
+        assert torch.equal(row[:4000], to_gumbel(torch.from_numpy(_lanes(stream)))[:4000])
+
+
+def _lanes(stream: int) -> np.ndarray:
+    words = block_words(SEED, 1, 9, np.arange(1001, dtype=np.uint64), stream)
+    return (words.T.reshape(-1) >> 8).view(np.int32)
+
+
+def test_no_two_uses_of_draft_noise_share_a_stream() -> None:
+    streams = [draft_stream(node, draw) for node in range(40) for draw in range(DRAWS)]
+    assert len({*streams, TARGET, RESIDUAL, COIN}) == 40 * DRAWS + 3
+    assert draft_stream(2**22 - 1, DRAWS - 1) < 2**32
+
+
+def test_coins_are_uniform_and_a_function_of_their_address() -> None:
+    coins = np.array([coin(SEED, 3, position, node) for position in range(100) for node in range(50)])
+    assert coins.min() >= 0 and coins.max() < 1 and len(set(coins)) == 5000
+    assert coins.mean() == pytest.approx(0.5, abs=0.02) and coins.var() == pytest.approx(1 / 12, abs=0.005)
+    assert coins[57] == coin(SEED, 3, 1, 7)
