@@ -21,7 +21,7 @@ class Cors(CORSMiddleware):
             allow_origins=origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            expose_headers=["X-Request-Id", "Retry-After", "X-Outrider-Lossless"],
         )
 
     def preflight_response(self, request_headers: Headers) -> Response:

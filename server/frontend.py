@@ -52,11 +52,10 @@ class Frontend:
             raise unavailable("The engine is not ready.")
         return self.client.info
 
-    @property
-    def fingerprint(self) -> str:
+    def fingerprint(self, lossless: bool) -> str:
         """OpenAI's system_fingerprint: what, besides the request, an answer depends on. Says so when it may not be exact."""
         info = self.info
-        lossy = "" if info.lossless else f"-lossy-{info.verifier}"
+        lossy = "" if lossless else f"-lossy-{info.verifier}"
         return f"outrider-{VERSION}-{info.dtype}{lossy}"
 
     def draw_seed(self) -> int:

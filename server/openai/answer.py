@@ -12,7 +12,9 @@ from server.openai.choice import Fragment, Token
 from server.openai.chunks import Chunks
 from server.openai.generation import Generation
 from server.openai.logprobs import for_prompt
+from server.openai.report import speculation_report
 from server.openai.sampling import SamplingFields
+from server.openai.speculation import is_lossless, most_nodes
 from server.openai.sse import DONE
 
 if TYPE_CHECKING:
@@ -24,12 +26,14 @@ class Answer(ABC):
         self.front = front
         self.fields = fields
         self.generation = generation
+        self.speculation = generation.requests[0].speculation  # of all its prompts
+        self.lossless = is_lossless(self.speculation, front.info)
         self.head = {
             "id": answer_id,
             "object": kind,
             "created": int(time.time()),
             "model": front.model,
-            "system_fingerprint": front.fingerprint,
+            "system_fingerprint": front.fingerprint(self.lossless),
         }
 
     @abstractmethod
@@ -56,7 +60,7 @@ class Answer(ABC):
                 texts[fragment.choice].append(fragment.text)
                 tokens[fragment.choice] += fragment.tokens
         choices = [self.choice(i, "".join(text), own) for i, (text, own) in enumerate(zip(texts, tokens, strict=True))]
-        return self.head | {"choices": choices, "usage": self.generation.usage()} | self.beside_choices()
+        return self.head | {"choices": choices, "usage": self.generation.usage()} | self.beside_choices() | self.metrics()
 
     async def events(self) -> AsyncGenerator[bytes]:
         options = self.fields.stream_options
@@ -72,10 +76,32 @@ class Answer(ABC):
                         yield writer.chunk(opening, usage, None if opened else self.beside_choices())
                     opened.add(fragment.choice)
                 if fragment.text or fragment.tokens or fragment.finish_reason:
-                    yield writer.chunk(self.chunk_choice(fragment), usage)
+                    last = not final_usage and self.generation.finished
+                    yield writer.chunk(self.chunk_choice(fragment), usage, self.metrics() if last else None)
         if final_usage:
-            yield writer.last(self.generation.usage())
+            yield writer.last(self.generation.usage(), self.metrics())
         yield DONE
+
+    def metrics(self) -> dict[str, Any]:
+        """What speculation did, for those who asked. An answer that may not be the model's own says so unasked."""
+        if self.fields.include_speculation:
+            report = self._speculation()
+        elif not self.front.info.lossless:
+            report = {"lossless": self.lossless}
+        else:
+            return {}
+        return {"metrics": {"speculative_decoding": report}}
+
+    def headers(self) -> dict[str, str]:
+        """On a server whose verifier is lossy, every answer says whether it may differ from the model's own."""
+        return {} if self.front.info.lossless else {"X-Outrider-Lossless": "true" if self.lossless else "false"}
+
+    def _speculation(self) -> dict[str, Any]:
+        info, chosen = self.front.info, self.speculation
+        usages = [choice.usage for choice in self.generation.choices if choice.usage is not None]
+        limit = 0 if chosen.off else min(chosen.max_nodes or most_nodes(info), most_nodes(info))
+        verifier = chosen.verifier or info.verifier
+        return speculation_report(usages, num_spec_tokens=limit, verifier=verifier, lossless=self.lossless)
 
     def token_extras(self, tokens: list[Token]) -> dict[str, Any]:
         """vLLM's fields of a choice, for those who asked."""

@@ -19,6 +19,7 @@ from server.openai.limits import check_logprob_volume
 from server.openai.respond import respond
 from server.openai.sampling import bad_word_ids
 from server.openai.schema import ChatRequest
+from server.openai.speculation import to_speculation
 
 router = APIRouter()
 
@@ -39,6 +40,7 @@ async def create_chat_completion(request: Request) -> Response:
 
 async def prepare(front: Frontend, fields: ChatRequest, arrival: float) -> ChatAnswer:
     """Raises ApiError 400 for what only the tokenizer, the template or the vocabulary can refuse."""
+    speculation = to_speculation(fields.speculation, front.info)
     messages = [message.for_template() for message in fields.messages]
     options = prompts.template_options(fields.add_generation_prompt, fields.continue_final_message)
     prompts.check_chars(front, prompts.chat_chars(messages), "messages")
@@ -53,7 +55,7 @@ async def prepare(front: Frontend, fields: ChatRequest, arrival: float) -> ChatA
     answer_id = f"chatcmpl-{uuid.uuid4().hex}"
     generation = Generation(
         front,
-        [fields.to_request(answer_id, prompt_ids, params, prediction_ids, arrival)],
+        [fields.to_request(answer_id, prompt_ids, params, prediction_ids, speculation, arrival)],
         fields.text_rules(each_token=bool(fields.logprobs)),
     )
     return ChatAnswer(front, fields, generation, answer_id)

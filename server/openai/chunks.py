@@ -26,9 +26,9 @@ class Chunks:
         fields = b"".join(b"," + msgspec.json.encode(part)[1:-1] for part in (extra, usage and {"usage": usage}) if part)
         return self._start + choice + b"]" + fields + (b"}\n\n" if usage else self._end[1:])
 
-    def last(self, usage: dict[str, Any]) -> bytes:
-        """The chunk that only carries the usage."""
-        return event(msgspec.json.encode(self.head | {"choices": [], "usage": usage}))
+    def last(self, usage: dict[str, Any], extra: dict[str, Any]) -> bytes:
+        """The chunk that only carries the usage, and what else is known at the end."""
+        return event(msgspec.json.encode(self.head | {"choices": [], "usage": usage} | extra))
 
 
 def choice(index: int, field: bytes, logprobs: dict[str, Any] | None, finish_reason: str | None, extra: dict[str, Any]) -> bytes:

@@ -20,6 +20,7 @@ from server.openai.logprobs import CompletionLogprobs
 from server.openai.respond import respond
 from server.openai.sampling import bad_word_ids, or_else
 from server.openai.schema import COMPLETION_TOKENS, CompletionRequest
+from server.openai.speculation import to_speculation
 
 router = APIRouter()
 
@@ -40,6 +41,7 @@ async def create_completion(request: Request) -> Response:
 
 async def prepare(front: Frontend, fields: CompletionRequest, arrival: float) -> CompletionAnswer:
     """Raises ApiError 400 for what only the tokenizer or the vocabulary can refuse."""
+    speculation = to_speculation(fields.speculation, front.info)
     answer_id = f"cmpl-{uuid.uuid4().hex}"
     all_ids = await _encode(front, fields)
     rooms = [prompts.answer_room(front, len(ids), fields.max_tokens, COMPLETION_TOKENS, "max_tokens") for ids in all_ids]
@@ -52,7 +54,7 @@ async def prepare(front: Frontend, fields: CompletionRequest, arrival: float) ->
     requests = []
     for position, (ids, room) in enumerate(zip(all_ids, rooms, strict=True)):
         params = fields.to_params(room, fields.logprobs, front.vocab_size(), bad_words, front.draw_seed())
-        requests.append(fields.to_request(f"{answer_id}-{position}", ids, params, prediction_ids, arrival))
+        requests.append(fields.to_request(f"{answer_id}-{position}", ids, params, prediction_ids, speculation, arrival))
     rules = fields.text_rules(each_token=fields.logprobs is not None, silent=fields.max_tokens == 0)
     return CompletionAnswer(front, fields, Generation(front, requests, rules), answer_id)
 

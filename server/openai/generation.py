@@ -30,6 +30,10 @@ class Generation:
         self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # by position in `requests`
         self.timings = [Timing(front.metrics, requests[0].arrival_time) for _ in self.choices]
 
+    @property
+    def finished(self) -> bool:
+        return all(choice.finish_reason for choice in self.choices)
+
     async def fragments(self) -> AsyncGenerator[Fragment]:
         """Every choice's text in order, choices interleaved. Raises ApiError 500 or 503 when the engine fails."""
         reason = "abort"
@@ -40,7 +44,7 @@ class Generation:
                     fragment = self._take(position, delta)
                     if fragment is not None:
                         yield fragment
-                        if fragment.finish_reason and all(choice.finish_reason for choice in self.choices):
+                        if fragment.finish_reason and self.finished:
                             break
             self._check_complete()
         except EngineDead as error:
@@ -79,7 +83,7 @@ class Generation:
             self.front.client.abort(self.requests[position].request_id)
 
     def _check_complete(self) -> None:
-        if not all(choice.finish_reason for choice in self.choices):
+        if not self.finished:
             raise internal("The engine ended the request without finishing it.", "engine_error")
 
     def _count_start(self) -> None:

@@ -21,6 +21,7 @@ async def respond(request: Request, front: Frontend, answer: Answer, stream: boo
     seconds = front.config.request_timeout
     if stream:
         free = slot.pop_all().close
-        return EventStream(answer.events(), seconds=seconds, on_close=free, on_failure=front.metrics.observe_failure)
+        failed = front.metrics.observe_failure
+        return EventStream(answer.events(), answer.headers(), seconds=seconds, on_close=free, on_failure=failed)
     body = await while_connected(request.receive, answer.whole(), seconds)
-    return Response(msgspec.json.encode(body), media_type="application/json")
+    return Response(msgspec.json.encode(body), headers=answer.headers(), media_type="application/json")

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from engine.request import Request, SamplingParams
+from engine.request import Request, SamplingParams, Speculation
 from server.openai.choice import TextRules
 from server.openai.errors import invalid
+from server.openai.speculation import Choice
 from server.openai.strict import Strict
 from server.openai.token_ids import check_ids
 from server.openai.unsupported import only
@@ -96,6 +97,9 @@ class SamplingFields(Strict):
     return_token_ids: bool | None = None
     priority: int | None = Field(None, ge=-INT32, lt=INT32)
     cache_salt: str | None = Field(None, min_length=1, max_length=128)
+    # ours
+    speculation: Choice = None
+    include_speculation: bool | None = None
 
     def check_together(self) -> None:
         """What no field can say alone. Raises ApiError 400."""
@@ -146,7 +150,13 @@ class SamplingFields(Strict):
         )
 
     def to_request(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, prediction_ids: list[int], arrival: float
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        prediction_ids: list[int],
+        speculation: Speculation,
+        arrival: float,
     ) -> Request:
         return Request(
             request_id=request_id,
@@ -156,6 +166,7 @@ class SamplingFields(Strict):
             prediction_ids=prediction_ids,
             priority=self.priority or 0,
             cache_salt=self.cache_salt or "",
+            speculation=speculation,
             report_usage=bool(self.stop),
             arrival_time=arrival,
         )

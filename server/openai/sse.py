@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -78,12 +78,14 @@ class EventStream(Response):
     def __init__(
         self,
         events: AsyncGenerator[bytes],
+        headers: Mapping[str, str] | None = None,
         *,
         seconds: float | None = None,
         on_close: Callable[[], None] = lambda: None,
         on_failure: Callable[[Exception], None] = lambda failure: None,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type=self.media_type)
+        own = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(headers={**own, **(headers or {})}, media_type=self.media_type)
         del self.headers["content-length"]
         self.events = events
         self.seconds = seconds

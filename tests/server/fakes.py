@@ -28,8 +28,10 @@ def info(vocab_size: int = 49152, max_model_len: int = 512) -> EngineInfo:
         drafters=["prediction", "ngram"],
         verifier="match",
         lossless=True,
-        policy="fixed",
+        policy="goodput",
         budget=8,
+        max_budget=32,
+        verifiers=["match", "coin"],
         weight_bytes=0,
         kv_bytes=0,
         num_blocks=64,
@@ -64,6 +66,7 @@ class FakeEngineClient:
         self.aborted: list[str] = []
         self.running: set[str] = set()
         self.steps: Counter[str] = Counter()
+        self.usage: dict[tuple[str, int], SequenceUsage] = {}
         self.changed = asyncio.Event()  # set whenever a request starts, steps or ends
 
     @property
@@ -139,20 +142,31 @@ class FakeEngineClient:
             delta.prompt_logprobs = [None, *(logprobs(token, i, k) for i, token in enumerate(ids[1:], start=1))]
         if seq.finished:
             delta.finish_reason, delta.stop_token_id = seq.finish_reason, seq.stop_token_id
+        usage = self._count(seq, kept)
         if seq.finished or request.report_usage:
-            delta.usage = self._usage(seq)
+            delta.usage = usage
         return delta
 
-    def _usage(self, seq: Sequence) -> SequenceUsage:
-        """A prediction counts as accepted as far as the answer has followed it."""
+    def _count(self, seq: Sequence, kept: int) -> SequenceUsage:
+        """A step drafted one node more than stood. A prediction counts as accepted as far as the answer has followed it."""
         output, guess = seq.tokens[seq.num_prompt :], seq.request.prediction_ids
         same = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(output, guess, strict=False))))
-        return SequenceUsage(
-            cached_tokens=16 * seq.sample_index if seq.sample_index else 2,
-            accepted_prediction_tokens=same,
-            rejected_prediction_tokens=min(1, len(guess) - same),
-            first_scheduled_time=seq.request.arrival_time,
-        )
+        usage = self.usage.setdefault((seq.request.request_id, seq.sample_index), SequenceUsage())
+        usage.cached_tokens = 16 * seq.sample_index if seq.sample_index else 2
+        usage.accepted_prediction_tokens = same
+        usage.rejected_prediction_tokens = min(1, len(guess) - same)
+        usage.first_scheduled_time = seq.request.arrival_time
+        usage.steps += 1
+        usage.budget_reasons = {"cost": usage.steps}
+        if not seq.request.speculation.off:
+            stood = max(kept - 1, 0)
+            usage.drafted_tokens += stood + 1
+            usage.accepted_tokens += stood
+            positions = [*usage.accepted_per_position, *[0] * (stood - len(usage.accepted_per_position))]
+            usage.accepted_per_position = [count + (depth < stood) for depth, count in enumerate(positions)]
+            usage.drafted_by, usage.accepted_by = {"ngram": usage.drafted_tokens}, {"ngram": usage.accepted_tokens}
+            usage.seconds_saved += 0.25 * stood
+        return usage
 
 
 def logprobs(token: int, position: int, top: int) -> TokenLogprobs:
