@@ -82,8 +82,20 @@ class ServerConfig(BaseSettings):
     # speculation
     drafters: Names = Field(_ENGINE.drafters, description="comma list, in order of preference; `none` for none")
     verifier: str = Field(_ENGINE.verifier, min_length=1, description="how drafts are judged")
-    policy: Literal["off", "fixed"] = Field(_ENGINE.policy, validate_default=True, description="how far ahead to guess")
+    policy: Literal["goodput", "fixed", "off"] = Field(
+        _ENGINE.policy, validate_default=True, description="how far ahead to guess: goodput, fixed or off"
+    )
     budget: int = Field(_ENGINE.budget, ge=0, description="draft nodes per sequence and step under --policy fixed")
+    max_budget: int = Field(_ENGINE.max_budget, ge=0, description="most draft nodes per sequence and step, --policy goodput")
+    max_itl_ms: float | None = Field(_ENGINE.max_itl_ms, gt=0, description="never guess so far that a step takes longer (ms)")
+    profile: bool = Field(_ENGINE.profile, description="measure what steps cost, where that is not kept on disk")
+    cache_dir: str | None = Field(_ENGINE.cache_dir, description="where measured costs are kept (default: ~/.cache/outrider)")
+    draft_model: str | None = Field(_ENGINE.draft_model, description="small model for drafter draft_model, named like MODEL")
+    datastore: str | None = Field(_ENGINE.datastore, description="file for drafter rest (outrider datastore build)")
+    lossy: bool = Field(_ENGINE.lossy, description="allow a verifier that may change answers; every response then says so")
+    drafter_memory_bytes: int = Field(
+        _ENGINE.drafter_memory_bytes, ge=1, description="most memory of each kind of state that drafters share"
+    )
 
     @field_validator("tensor_parallel_size")
     @classmethod
@@ -91,6 +103,11 @@ class ServerConfig(BaseSettings):
         if value != 1:
             raise ValueError("only 1 is supported")
         return value
+
+    @field_validator("cache_dir", "draft_model", "datastore")
+    @classmethod
+    def _home(cls, value: str | None) -> str | None:
+        return value and os.path.expanduser(value)  # YAML and --flag=~/x come without a shell
 
     @field_validator("drafters")
     @classmethod

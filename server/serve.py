@@ -137,7 +137,8 @@ async def _first(coroutine: Coroutine[Any, Any, None], *others: asyncio.Task[Any
 
 
 def ready_line(address: str, name: str, info: EngineInfo) -> str:
-    policy = f"{info.policy}({info.budget})" if info.policy == "fixed" else info.policy
+    most = {"fixed": info.budget, "off": 0}.get(info.policy, info.max_budget)
+    policy = f"{info.policy}({most})" if most else info.policy
     lossy = "" if info.lossless else " (LOSSY: answers may differ from the model's own)"
     return (
         f"outrider is ready: {address} model={name} device={info.device} dtype={info.dtype} "

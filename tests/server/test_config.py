@@ -72,6 +72,8 @@ def test_every_setting_of_the_engine_has_a_flag_that_reaches_it(name: str) -> No
         "drafters": ["--drafters", "none"],
         "verifier": ["--verifier", "other"],
         "policy": ["--policy", "off"],
+        "profile": ["--no-profile"],
+        "lossy": ["--lossy"],
         "load_format": ["--load-format", "native"],
     }.get(name, [flag(name), "7"])
     if name == "tensor_parallel_size":
@@ -96,7 +98,9 @@ def test_an_empty_list_of_drafters_means_none() -> None:
         (["--max-num-seqs", "0"], ["--max-num-seqs", "greater than or equal to 1"]),
         (["--gpu-memory-utilization", "1.5"], ["--gpu-memory-utilization"]),
         (["--gpu-memory-utilization", "nan"], ["--gpu-memory-utilization"]),
-        (["--policy", "goodput"], ["--policy", "'off' or 'fixed'"]),
+        (["--policy", "greedy"], ["--policy", "'goodput', 'fixed' or 'off'"]),
+        (["--max-itl-ms", "0"], ["--max-itl-ms"]),
+        (["--max-budget", "-1"], ["--max-budget"]),
         (["--device", "tpu"], ["--device"]),
         (["--seed", "-1"], ["--seed"]),
         (["--config", "/does/not/exist.yaml"], ["--config /does/not/exist.yaml", "No such file"]),
