@@ -20,6 +20,8 @@ def serve(argv: Sequence[str]) -> int:
     try:
         config = parse(argv)
         model = resolve(config.model)
+        if config.draft_model is not None:
+            config = config.model_copy(update={"draft_model": resolve(config.draft_model).path})
     except ValueError as error:
         return fail(str(error), "see outrider serve --help" if isinstance(error, ConfigError) else "")
     setup_logging(config.log_level)
