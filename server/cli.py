@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 USAGE = """\
 usage: outrider serve [MODEL] [flags]     serve a model over the OpenAI API (outrider serve --help)
+       outrider datastore build FILES... --model MODEL --out FILE
+                                         a text for drafter rest to look up (outrider datastore --help)
        outrider --version
 """
 
@@ -33,6 +35,17 @@ def serve(argv: Sequence[str]) -> int:
         return fail(str(error))
 
 
+def datastore(argv: Sequence[str]) -> int:
+    from server.datastore import run
+
+    try:
+        for line in run(argv):
+            print(line, flush=True)
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+    return 0
+
+
 def version(argv: Sequence[str]) -> int:
     from server.version import VERSION
 
@@ -47,6 +60,7 @@ def usage(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": serve,
+    "datastore": datastore,
     "--version": version,
     "--help": usage,
     "-h": usage,

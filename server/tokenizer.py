@@ -6,6 +6,7 @@ Built on `tokenizers` and jinja2 alone: transformers' AutoTokenizer imports torc
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -124,6 +125,14 @@ class Tokenizer:
         if raw is None:
             raw = self._bytes[token_id] = self._token_bytes(token_id)
         return raw
+
+    def fingerprint(self, size: int) -> bytes:
+        """SHA-256 of what the first `size` ids stand for; equal for one vocabulary, whatever file it was read from."""
+        digest = hashlib.sha256()
+        for token_id in range(size):
+            raw = self._token_bytes(token_id)
+            digest.update(len(raw).to_bytes(4, "little") + raw)
+        return digest.digest()
 
     def _token_bytes(self, token_id: int) -> bytes:
         if token_id in self._added:
