@@ -25,10 +25,19 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: EngineConfig, model: ModelConfig, weight_bytes: int, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    model: ModelConfig,
+    weight_bytes: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    draft_bytes_per_block: int = 0,
 ) -> MemoryPlan:
-    """Raises ValueError, with the numbers, when not even one block fits or --max-model-len cannot be kept."""
+    """`weight_bytes` of all models, for the record; a block costs its share of a drafter's own KV too.
+
+    Raises ValueError, with the numbers, when not even one block fits or --max-model-len cannot be kept.
+    """
     per_block = KVCache.bytes_per_block(model.num_layers, model.num_kv_heads, config.block_size, model.head_dim, dtype)
+    per_block += draft_bytes_per_block
     budget = _kv_budget(config, device)
     # More than every sequence at full length could use is waste.
     limit = config.max_model_len or model.max_position_embeddings

@@ -15,6 +15,7 @@ DRAFTERS = {
     "ngram": "engine.drafters.ngram:NgramDrafter",
     "none": "engine.drafters.none:NoneDrafter",
     "prediction": "engine.drafters.prediction:PredictionDrafter",
+    "suffix": "engine.drafters.suffix:SuffixDrafter",
 }
 
 VERIFIERS = {
@@ -56,13 +57,21 @@ def make_drafter(name: str, offers: Mapping[str, Any] | None = None, **options: 
     return drafter
 
 
-def drafter_offers(config: EngineConfig, vocab_size: int, eos_ids: frozenset[int]) -> dict[str, Any]:
-    """What the engine offers to the constructor of every drafter: one that needs it names it as a parameter."""
+def wants_draft_model(names: Iterable[str]) -> bool:
+    """Whether one of these drafters takes a draft model. Raises ValueError for an unknown name."""
+    return any("draft_model" in signature(load("drafter", name)).parameters for name in names)
+
+
+def drafter_offers(config: EngineConfig, vocab_size: int, eos_ids: frozenset[int], draft_model: Any = None) -> dict[str, Any]:
+    """What the engine offers to the constructor of every drafter: one that needs it names it as a parameter.
+
+    draft_model: the model of `config.draft_model`, ready to be loaded (engine/draft_runner.py), or None.
+    """
     return {
         "vocab_size": vocab_size,
         "eos_ids": eos_ids,
         "memory_bytes": config.drafter_memory_bytes,  # most bytes of state that outlives a sequence, all salts together
-        "draft_model": config.draft_model,
+        "draft_model": draft_model,
         "datastore": config.datastore,
     }
 

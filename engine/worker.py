@@ -8,17 +8,15 @@ from itertools import pairwise
 import torch
 
 from engine import registry
-from engine.attention.reference import ReferenceAttention
 from engine.config import EngineConfig
+from engine.draft_runner import DraftRunner, make_runner
 from engine.drafting import Drafting
-from engine.kv import KVCache
 from engine.logprobs import token_logprobs
 from engine.memory import MemoryPlan, plan_memory
 from engine.messages import EngineInfo, TokenLogprobs
 from engine.models.batch import ForwardBatch
 from engine.models.factory import load_model
 from engine.models.loader import load_config
-from engine.models.runner import ModelRunner
 from engine.plan import Row, RowResult, StepPlan, StepResult, StepTimes
 from engine.protocols import Observed
 from engine.sequence import Sequence
@@ -44,21 +42,24 @@ class Worker:
         torch.set_grad_enabled(False)
         self.model_config = load_config(config.model)
         dtype = _dtype(config.dtype, self.model_config.dtype)
-        offers = registry.drafter_offers(config, self.model_config.vocab_size, frozenset(self.model_config.eos_token_ids))
+        eos_ids = frozenset(self.model_config.eos_token_ids)
+        draft_model = self._draft_model(dtype)
+        offers = registry.drafter_offers(config, self.model_config.vocab_size, eos_ids, draft_model)
         drafters = [registry.make_drafter(name, offers) for name in config.drafters]
         self.verifier = registry.make_verifier(config.verifier)
         registry.check_pairing(drafters, self.verifier)
         model = load_model(config, self.model_config, dtype, self.device)
-        self.memory: MemoryPlan = plan_memory(config, self.model_config, model.weight_bytes, dtype, self.device)
+        if draft_model is not None:
+            draft_model.load()
+        weight_bytes = model.weight_bytes + (draft_model.weight_bytes if draft_model else 0)
+        draft_bytes = draft_model.bytes_per_block if draft_model else 0
+        self.memory: MemoryPlan = plan_memory(config, self.model_config, weight_bytes, dtype, self.device, draft_bytes)
         shape = self.model_config
-        self.kv = KVCache(
-            shape.num_layers, self.memory.num_blocks, shape.num_kv_heads, config.block_size, shape.head_dim, dtype, self.device
-        )
-        attention = ReferenceAttention(
-            shape.num_heads, shape.num_kv_heads, shape.head_dim, config.block_size, dtype, shape.sliding_window
-        )
-        self.runner = ModelRunner(model, self.kv, attention)
-        self.eos_ids = frozenset(shape.eos_token_ids)
+        self.runner = make_runner(model, shape, self.memory.num_blocks, config.block_size, dtype, self.device)
+        self.kv = self.runner.kv
+        if draft_model is not None:
+            draft_model.open(self.memory.num_blocks)
+        self.eos_ids = eos_ids
         self.target_law = TargetLaw(shape.vocab_size, self.eos_ids, self.device)
         self.drafting = Drafting(drafters, shape.vocab_size)
         self.seqs: dict[int, Sequence] = {}
@@ -69,7 +70,7 @@ class Worker:
             max_model_len=self.memory.max_model_len,
             dtype=str(dtype).removeprefix("torch."),
             device=str(self.device),
-            backend=attention.name,
+            backend=self.runner.attention.name,
             drafters=[d.name for d in drafters],
             verifier=self.verifier.name,
             lossless=self.verifier.lossless,
@@ -84,6 +85,15 @@ class Worker:
             load_seconds=time.perf_counter() - started,
             eos_ids=sorted(self.eos_ids),
         )
+
+    def _draft_model(self, dtype: torch.dtype) -> DraftRunner | None:
+        """The second model, not loaded yet. Raises ValueError when it is given and nobody asks for one."""
+        config = self.config
+        if config.draft_model is None:
+            return None
+        if not registry.wants_draft_model(config.drafters):
+            raise ValueError(f"draft_model: {config.draft_model} is given, but none of the drafters uses it: add draft_model")
+        return DraftRunner(config, self.model_config, dtype, self.device)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
