@@ -18,6 +18,11 @@ NUMBERS = (
     "num_drafts",
     "num_draft_tokens",
     "num_accepted_tokens",
+    "num_dropped_tokens",
+    "predicted_tokens",
+    "predicted_seconds",
+    "decided_tokens",
+    "decided_seconds",
     "corrupted_requests",
     "seconds_draft",
     "seconds_forward",
@@ -26,7 +31,13 @@ NUMBERS = (
     "seconds_commit",
     "seconds_step",
 )
-TABLES = ("draft_tokens_by_drafter", "accepted_tokens_by_drafter", "drafter_fallbacks")
+TABLES = (
+    "draft_tokens_by_drafter",
+    "accepted_tokens_by_drafter",
+    "drafts_by_drafter",
+    "seconds_draft_by_drafter",
+    "drafter_fallbacks",
+)
 
 
 class EngineCounters:
@@ -46,7 +57,7 @@ class EngineCounters:
     def total(self) -> EngineStats:
         """The latest message, with what earlier engines had reached added to every counter."""
         before, latest = self._before, self.latest
-        total = structs.replace(latest, draft_nodes=[], iteration_tokens=[])
+        total = structs.replace(latest, draft_nodes=[], draft_depths=[], iteration_tokens=[])
         for name in NUMBERS:
             setattr(total, name, getattr(before, name) + getattr(latest, name))
         for name in TABLES:
@@ -56,5 +67,5 @@ class EngineCounters:
         return total
 
 
-def _merge(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+def _merge(one: dict[str, float], other: dict[str, float]) -> dict[str, float]:
     return {key: one.get(key, 0) + other.get(key, 0) for key in one | other}

@@ -31,6 +31,7 @@ TOKEN_GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3
 SLOW = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000, 200000)
 STEP = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+DEPTH = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 FEW = (1, 2, 5, 10, 20, 50, 100, 128)
 TIMES = (0, 1, 2, 5, 10, 20, 50)
 
@@ -51,7 +52,8 @@ HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "request_params_max_tokens": ("The most tokens a request's sequences might have", TOKENS),
     "request_num_preemptions": ("How often a finished sequence had lost its KV blocks to others", TIMES),
     "iteration_tokens_total": ("Tokens fed to the model in one step, draft nodes included", STEP),
-    "spec_decode_draft_nodes": ("Draft nodes of one step, all sequences together", STEP),
+    "spec_decode_draft_nodes": ("Draft nodes of one step shown to the model, all sequences together", STEP),
+    "spec_decode_draft_depth": ("Depth of the deepest draft node of one step; 0 = nothing drafted", DEPTH),
 }
 
 # name -> (meaning, field of EngineStats)
@@ -66,6 +68,11 @@ ENGINE_COUNTERS: dict[str, tuple[str, str]] = {
     "spec_decode_num_drafts": ("Draft trees with at least one node", "num_drafts"),
     "spec_decode_num_draft_tokens": ("Draft nodes shown to the model", "num_draft_tokens"),
     "spec_decode_num_accepted_tokens": ("Draft nodes accepted", "num_accepted_tokens"),
+    "spec_decode_num_dropped_tokens": ("Draft nodes that the budget dropped before the model saw them", "num_dropped_tokens"),
+    "spec_decode_predicted_tokens": ("Tokens that the steps the policy decided were expected to commit", "predicted_tokens"),
+    "spec_decode_predicted_seconds": ("Time that the steps the policy decided were expected to take", "predicted_seconds"),
+    "spec_decode_decided_tokens": ("Tokens that the steps the policy decided did commit", "decided_tokens"),
+    "spec_decode_decided_seconds": ("Time that the steps the policy decided did take", "decided_seconds"),
     "spec_decode_draft_seconds": ("Time spent drafting", "seconds_draft"),
     "spec_decode_forward_seconds": ("Time spent in the model's forward, drafts and plain tokens together", "seconds_forward"),
     "spec_decode_target_law_seconds": ("Time spent applying sampling parameters to logits", "seconds_target_law"),
@@ -73,9 +80,19 @@ ENGINE_COUNTERS: dict[str, tuple[str, str]] = {
     "spec_decode_commit_seconds": ("Time spent applying verdicts", "seconds_commit"),
     "engine_step_seconds": ("Time spent in steps, all of the above included", "seconds_step"),
 }
+# name -> (meaning, field of EngineStats)
+ENGINE_GAUGES: dict[str, tuple[str, str]] = {
+    "num_requests_running": ("Sequences being worked on", "running"),
+    "num_requests_waiting": ("Sequences waiting to be scheduled", "waiting"),
+    "spec_decode_calibration_error": ("Mean |predicted - observed| survival of a draft node, recent steps", "calibration_error"),
+    "spec_decode_cost_error": ("Mean |predicted / measured - 1| of a step's time, recent steps", "cost_error"),
+}
+# name -> (meaning, label, field of EngineStats)
 ENGINE_TABLES: dict[str, tuple[str, str, str]] = {
+    "spec_decode_drafts_by_drafter": ("Draft trees by who drafted them", "drafter", "drafts_by_drafter"),
     "spec_decode_draft_tokens_by_drafter": ("Draft nodes by who drafted them", "drafter", "draft_tokens_by_drafter"),
     "spec_decode_accepted_tokens_by_drafter": ("Accepted nodes by who drafted them", "drafter", "accepted_tokens_by_drafter"),
+    "spec_decode_draft_seconds_by_drafter": ("Time spent drafting by who drafted", "drafter", "seconds_draft_by_drafter"),
     "drafter_fallbacks": ("Steps in which a drafter failed and nothing was drafted, by reason", "reason", "drafter_fallbacks"),
 }
 
@@ -108,6 +125,8 @@ class Metrics(Collector):
         self.engine.update(stats, self.client.restarts)
         for nodes in stats.draft_nodes:
             self.observe("spec_decode_draft_nodes", nodes)
+        for depth in stats.draft_depths:
+            self.observe("spec_decode_draft_depth", depth)
         for tokens in stats.iteration_tokens:
             self.observe("iteration_tokens_total", tokens)
 
@@ -129,14 +148,16 @@ class Metrics(Collector):
         positions: Values = {(str(i),): n for i, n in enumerate(stats.num_accepted_tokens_per_pos)}
         name, help_text = "spec_decode_num_accepted_tokens_per_pos", "Draft nodes accepted, by depth in the draft (0 = first)"
         yield self._counter(name, help_text, positions, "position")
+        rejected = stats.num_draft_tokens - stats.num_accepted_tokens
+        yield self._counter("spec_decode_num_rejected_tokens", "Draft nodes shown to the model and rejected", {(): rejected})
         yield from self._own_counters()
         for histogram in self.histograms.values():
             yield histogram.family(self.labels)
 
     def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
         used = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
-        yield self._gauge("num_requests_running", "Sequences being worked on", stats.running)
-        yield self._gauge("num_requests_waiting", "Sequences waiting to be scheduled", stats.waiting)
+        for name, (help_text, field) in ENGINE_GAUGES.items():
+            yield self._gauge(name, help_text, getattr(stats, field))
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use; 1 = all", used)
         yield self._gauge("requests_in_flight", "Requests between acceptance and last byte", self.admission.in_flight)
         yield self._gauge("engine_ready", "1 while the engine can work on requests", int(self.client.ready))

@@ -9,8 +9,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.messages import EngineStats
+from server.engine_counters import NUMBERS, TABLES
 from server.histogram import Histogram
-from server.metrics import ENGINE_COUNTERS, HISTOGRAMS, PREFIX
+from server.metrics import ENGINE_COUNTERS, ENGINE_GAUGES, ENGINE_TABLES, HISTOGRAMS, PREFIX
 from tests.server.conftest import Api, ApiFactory, error
 
 LABEL = {"model_name": "fake"}
@@ -58,6 +59,7 @@ async def test_every_name_is_there_from_the_start(api: Api) -> None:
     assert set(NAMES) <= names
     assert {f"{name}_count" for name in HISTOGRAMS} <= names
     assert {f"{name}_total" for name in ENGINE_COUNTERS} <= names
+    assert ENGINE_GAUGES.keys() <= names
     text = (await api.http.get("/metrics")).text
     assert "process_resident_memory_bytes" in text
     assert all(f"# HELP {PREFIX}{name} " in text for name in HISTOGRAMS)
@@ -83,9 +85,19 @@ async def test_the_engine_s_numbers(api: Api) -> None:
         num_accepted_tokens_per_pos=[9, 7, 4],
         draft_tokens_by_drafter={"ngram": 30},
         drafter_fallbacks={"raised": 1},
+        num_dropped_tokens=6,
+        drafts_by_drafter={"ngram": 9},
+        seconds_draft_by_drafter={"ngram": 0.375, "prediction": 0.125},
+        predicted_tokens=48.5,
+        predicted_seconds=0.75,
+        decided_tokens=45,
+        decided_seconds=1.0,
+        calibration_error=0.0625,
+        cost_error=0.125,
         seconds_draft=0.5,
         seconds_verify=0.25,
         draft_nodes=[0, 3, 3],
+        draft_depths=[0, 2, 3],
         iteration_tokens=[1, 4, 4],
     )
     api.engine.stats = stats
@@ -104,6 +116,18 @@ async def test_the_engine_s_numbers(api: Api) -> None:
     assert of(samples, "spec_decode_draft_nodes_count") == 3
     assert of(samples, "spec_decode_draft_nodes_sum") == 6
     assert of(samples, "iteration_tokens_total_sum") == 9
+    assert of(samples, "spec_decode_draft_depth_count") == 3
+    assert of(samples, "spec_decode_draft_depth_sum") == 5
+    assert of(samples, "spec_decode_num_dropped_tokens_total") == 6  # never seen by the model
+    assert of(samples, "spec_decode_num_rejected_tokens_total") == 10  # seen and rejected
+    assert of(samples, "spec_decode_drafts_by_drafter_total", drafter="ngram") == 9
+    assert of(samples, "spec_decode_draft_seconds_by_drafter_total", drafter="prediction") == 0.125
+    assert of(samples, "spec_decode_predicted_tokens_total") == 48.5
+    assert of(samples, "spec_decode_predicted_seconds_total") == 0.75
+    assert of(samples, "spec_decode_decided_tokens_total") == 45
+    assert of(samples, "spec_decode_decided_seconds_total") == 1.0
+    assert of(samples, "spec_decode_calibration_error") == 0.0625
+    assert of(samples, "spec_decode_cost_error") == 0.125
 
 
 async def test_counters_go_on_after_an_engine_restart(api: Api) -> None:
@@ -115,19 +139,25 @@ async def test_counters_go_on_after_an_engine_restart(api: Api) -> None:
             engine.stats = one
             observe(one)
 
-    table = {"ngram": 1}
-    lives(EngineStats(steps=5, generation_tokens=100, num_accepted_tokens_per_pos=[5, 2], draft_tokens_by_drafter=table))
+    table, seconds = {"ngram": 1}, {"seconds_draft_by_drafter": {"ngram": 0.5}, "predicted_seconds": 0.25, "cost_error": 0.5}
+    lives(
+        EngineStats(steps=5, generation_tokens=100, num_accepted_tokens_per_pos=[5, 2], draft_tokens_by_drafter=table, **seconds)
+    )
     engine.stats = EngineStats()  # the client between two lives
     seen = await scrape(api)
     assert of(seen, "generation_tokens_total") == 100
     engine.restarts = 1
-    lives(EngineStats(steps=9, generation_tokens=130, num_accepted_tokens_per_pos=[1], draft_tokens_by_drafter=table))
+    seconds["cost_error"] = 0.125
+    lives(EngineStats(steps=9, generation_tokens=130, num_accepted_tokens_per_pos=[1], draft_tokens_by_drafter=table, **seconds))
     seen = await scrape(api)
     assert of(seen, "generation_tokens_total") == 230
     assert of(seen, "engine_steps_total") == 14
     assert of(seen, "spec_decode_num_accepted_tokens_per_pos_total", position="0") == 6
     assert of(seen, "spec_decode_num_accepted_tokens_per_pos_total", position="1") == 2
     assert of(seen, "spec_decode_draft_tokens_by_drafter_total", drafter="ngram") == 2
+    assert of(seen, "spec_decode_draft_seconds_by_drafter_total", drafter="ngram") == 1.0
+    assert of(seen, "spec_decode_predicted_seconds_total") == 0.5
+    assert of(seen, "spec_decode_cost_error") == 0.125  # a gauge: of the engine that lives
     assert of(seen, "engine_restarts_total") == 1
 
 
@@ -189,3 +219,13 @@ def test_a_histogram_counts_like_prometheus() -> None:
     assert samples == {"1.0": 3, "2.0": 4, "5.0": 4, "+Inf": 7, "h_count": 7, "h_sum": 0.5 + 2.0 + 1.5 + 27.0}
     with pytest.raises(ValueError, match="rise"):
         Histogram("h", "help", (1.0, 1.0))
+
+
+def test_every_number_of_the_engine_is_exported_and_survives_a_restart() -> None:
+    """A field added to EngineStats and forgotten here would be measured for nobody."""
+    numbers = {field for _, field in (*ENGINE_COUNTERS.values(), *ENGINE_GAUGES.values())}
+    tables = {field for _, _, field in ENGINE_TABLES.values()}
+    by_hand = {"blocks_used", "blocks_total", "num_accepted_tokens_per_pos", "draft_depths", "draft_nodes", "iteration_tokens"}
+    assert numbers | tables | by_hand == set(EngineStats.__struct_fields__)
+    assert set(NUMBERS) == {field for _, field in ENGINE_COUNTERS.values()}
+    assert set(TABLES) == tables
