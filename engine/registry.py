@@ -15,6 +15,7 @@ DRAFTERS = {
     "ngram": "engine.drafters.ngram:NgramDrafter",
     "none": "engine.drafters.none:NoneDrafter",
     "prediction": "engine.drafters.prediction:PredictionDrafter",
+    "rest": "engine.drafters.rest:RestDrafter",
     "suffix": "engine.drafters.suffix:SuffixDrafter",
 }
 

@@ -89,6 +89,10 @@ class Server:
         from server.app import create_app
 
         app = create_app(self.config, self.client, await tokenizer)
+        if self.config.datastore is not None:
+            from server.datastore import check
+
+            await asyncio.to_thread(check, self.config.datastore, tokenizer.result())
         _return_memory()
         front: Frontend = app.state.frontend
         self.client.on_stats = front.metrics.observe_engine
