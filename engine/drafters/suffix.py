@@ -1,0 +1,190 @@
+"""Drafter `suffix`: what followed the longest match of the last tokens, here or in earlier answers, follows again.
+
+SuffixDecoding (Oliaro et al., "SuffixDecoding: Extreme Speculative Decoding for Emerging AI Applications", arXiv 2411.04975).
+Two places are searched: the sequence's own text (prompt and output), and the outputs of all sequences of the same salt, past
+and running, each behind the last tokens of its prompt, so that the first token of an answer asked for again is found as well. The
+continuations of the matches form a trie; a node's confidence is the share of its parent's matches that go its way, each
+counted 4 times for every token that it matches longer, times how often a match of that length proves right. The nodes
+with the likeliest paths are drafted: a chain where the matches agree, a tree where they do not.
+
+It is not the paper's suffix tree: hash chains (engine/suffix_index.py) see the latest occurrences only, and the paper's
+count ratio and its limit of a draft to a multiple of the match are one number here.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+from engine.growth import NO_BRANCHES, Branches, forest_of, grow
+from engine.protocols import NO_SIGNALS, Observed, Siblings
+from engine.sequence import Sequence
+from engine.shared_state import SaltedStore
+from engine.suffix_index import LONGEST, Occurrence, SuffixIndex
+from engine.tree import DraftForest, Verdict
+
+OWN_LEVELS = (1, 4)
+SHARED_LEVELS = (3, 12)
+
+# Occurrences that a node of the trie stands for, with their weights; how many tokens it lies below the root; the longest match.
+State = tuple[list[tuple[Occurrence, float]], int, int]
+
+
+class SuffixDrafter:
+    """matches: occurrences looked at in each place; least: nodes whose path is less likely than this are not drafted;
+    growth: a match longer by one token counts so many times as much. ValueError for numbers that make no sense."""
+
+    name = "suffix"
+    needs = NO_SIGNALS
+    siblings = Siblings.POINT
+
+    def __init__(
+        self, memory_bytes: int = 64 << 20, matches: int = 8, least: float = 0.1, growth: float = 4.0, doubt: float = 1.0
+    ) -> None:
+        if matches < 1 or not 0 <= least <= 1 or growth < 1:
+            raise ValueError(f"suffix needs matches >= 1, 0 <= least <= 1 and growth >= 1, not {matches}, {least} and {growth}")
+        self.matches, self.least = matches, least
+        self._weights = [growth**-i for i in range(LONGEST + 1)]  # by how many tokens shorter than the longest match
+        self._reliability = [length / (length + doubt) for length in range(2 * LONGEST + 1)]
+        self._memory: SaltedStore[_Memory] = SaltedStore(_Memory, memory_bytes)
+        self._readers: dict[int, _Reader] = {}
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what outlives the sequences."""
+        return self._memory.num_bytes
+
+    def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+        trees = [self._tree(seq, budget) if budget > 0 else NO_BRANCHES for seq, budget in zip(seqs, budgets, strict=True)]
+        return forest_of([seq.tokens[-1] for seq in seqs], trees, self.name)
+
+    def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
+        """Take in what was committed up to now; this step's own tokens are read when they have been."""
+        for seq in seqs:
+            self._read(seq)
+
+    def forget(self, seq_id: int) -> None:
+        reader = self._readers.pop(seq_id, None)
+        if reader is not None:
+            self._learn(reader)  # what the last step committed
+
+    def _read(self, seq: Sequence) -> _Reader:
+        reader = self._readers.get(seq.seq_id)
+        if reader is None:
+            reader = self._readers[seq.seq_id] = _Reader(seq)
+        self._learn(reader)
+        return reader
+
+    def _learn(self, reader: _Reader) -> None:
+        salt = reader.seq.request.cache_salt
+        if reader.learn(self._memory.get(salt)):
+            self._memory.settle(salt)
+
+    def _tree(self, seq: Sequence, budget: int) -> Branches:
+        reader = self._read(seq)
+        found = reader.find(self._memory.get(seq.request.cache_salt), self.matches)
+        if not found:
+            return NO_BRANCHES
+        longest = max(occurrence.length for occurrence in found)
+        weighted = [(occurrence, self._weights[longest - occurrence.length]) for occurrence in found]
+        return grow((weighted, 0, longest), self._children, budget, self.least)
+
+    def _children(self, state: State) -> Iterable[tuple[int, float, State]]:
+        occurrences, depth, longest = state
+        reliability = self._reliability[min(longest + depth, 2 * LONGEST)]
+        groups: dict[int, list[tuple[Occurrence, float]]] = {}
+        total = 0.0
+        for pair in occurrences:
+            (text, at, _, wraps), weight = pair
+            at += depth
+            if at >= len(text):
+                if not wraps:
+                    continue
+                at -= (at - len(text)) // wraps * wraps + wraps
+            total += weight
+            groups.setdefault(text[at], []).append(pair)
+        if len(groups) == 1:
+            (token,) = groups
+            return ((token, reliability, (groups[token], depth + 1, longest)),)
+        return [
+            (
+                token,
+                reliability * sum(weight for _, weight in group) / total,
+                (group, depth + 1, max(occurrence.length for occurrence, _ in group)),
+            )
+            for token, group in groups.items()
+        ]
+
+
+class _Memory:
+    """The outputs of one salt, in two generations."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.young, self.old = SuffixIndex(SHARED_LEVELS), SuffixIndex(SHARED_LEVELS)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.young.num_bytes + self.old.num_bytes
+
+    def make_room(self) -> None:
+        if 2 * self.young.num_bytes > self.limit:
+            self.old, self.young = self.young, SuffixIndex(SHARED_LEVELS)
+
+
+class _Reader:
+    """One sequence's place in its own text and in the memory."""
+
+    def __init__(self, seq: Sequence) -> None:
+        self.seq = seq
+        self._own = SuffixIndex(OWN_LEVELS)
+        self._own.open()
+        self._text = self._own.text(0)
+        self._prompt = hash(tuple(seq.tokens[: seq.num_prompt]))
+        self._written: SuffixIndex | None = None  # where the output goes, and as which text
+        self._number = -1
+        self._followed: list[Occurrence] = []  # shared occurrences that the last draft knew, as long as they hold
+
+    def learn(self, memory: _Memory) -> bool:
+        """Read the tokens committed since the last time; True if there were any."""
+        read, tokens = len(self._text), self.seq.tokens
+        if len(tokens) == read and read:
+            return False
+        new = tokens[read:]
+        self._own.append(0, new)
+        self._followed = _advanced(self._followed, self._text[read:])
+        output = new if read else tokens[self.seq.num_prompt :]
+        memory.make_room()
+        if self._written is not memory.young:
+            self._written = memory.young
+            before = tokens[max(0, len(tokens) - len(output) - LONGEST) : len(tokens) - len(output)]
+            self._number = memory.young.open(before, self._prompt if not read else None)
+        memory.young.append(self._number, output)
+        return True
+
+    def find(self, memory: _Memory, most: int) -> list[Occurrence]:
+        """Occurrences of the end of the text, each place once."""
+        shared = self._followed
+        if self.seq.num_output == 0:
+            shared = memory.young.begun(self._prompt, self._number) or memory.old.begun(self._prompt, -1)
+        if len(shared) < most:
+            known = {(id(o.text), o.at) for o in shared}
+            number = self._number if self._written is memory.young else -1
+            fresh = memory.young.find(self._text, most, number) or memory.old.find(self._text, most)
+            shared = (shared + [o for o in fresh if (id(o.text), o.at) not in known])[:most]
+        self._followed = shared
+        own = self._own.find(self._text, most)
+        size = len(self._text)
+        # A continuation that runs into the end of the own text goes on with itself.
+        return [Occurrence(text, at, length, size - at) for text, at, length, _ in own] + shared
+
+
+def _advanced(occurrences: list[Occurrence], new: array[int]) -> list[Occurrence]:
+    """Those of the occurrences that go on with the new tokens."""
+    count = len(new)
+    return [
+        Occurrence(text, at + count, min(length + count, LONGEST))
+        for text, at, length, _ in occurrences
+        if text[at : at + count] == new
+    ]
