@@ -26,7 +26,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.executors.local import LocalExecutor
 from engine.plan import StepPlan, StepResult, StepTimes
-from engine.protocols import Executor
+from engine.protocols import Executor, Policy
 from engine.request import Request, SamplingParams
 from server.tokenizer import Tokenizer
 
@@ -70,6 +70,9 @@ class Watched:
         self._executor = executor
         self.info = executor.info
         self.last: tuple[StepPlan, StepResult] | None = None
+
+    def guide(self, policy: Policy) -> None:
+        self._executor.guide(policy)
 
     def execute(self, plan: StepPlan) -> StepResult:
         result = self._executor.execute(plan)

@@ -3,107 +3,248 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.protocols import NO_SIGNALS, Drafter, Observed, Signals
+from engine.fusion import Tree, forest_of, fuse
+from engine.protocols import NO_SIGNALS, Drafter, Load, Observed, Policy, Siblings, Signals
+from engine.resting import Bench
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 logger = logging.getLogger(__name__)
+
+SLOW_SECONDS = 1.0  # a guess that took longer is dropped, and its drafter benched
+SAMPLED = frozenset({Siblings.IID, Siblings.DISTINCT, Siblings.GREEDY})
+NO_LOAD = Load(0, 0, 0)
+
+
+class FirstWins(Policy):
+    """Asks drafters in order until one has a guess."""
+
+    name = "first"
+
+    def budgets(self, seqs: Seq[Sequence], load: Load) -> list[int]:
+        return [0] * len(seqs)
 
 
 class Drafting:
-    """Runs the configured drafters in order; a sequence takes the first tree that is more than a root.
+    """Asks the configured drafters in order, as far as the policy allots; trees for the same sequence are fused.
 
-    A drafter that raises, answers with the wrong shape, roots or sizes, or with ids outside the vocabulary costs its
-    guess for this step, not the request; the reason is counted. (The target law and the verdict never depend on it.)
+    A drafter that raises, takes too long, answers with the wrong shape, roots or sizes, or with ids outside the vocabulary
+    costs its guess for this step, not the request; the reason is counted. (The target law and the verdict never depend on
+    it.) A slow one is benched, each time for twice as long, so that it costs one step and not every step.
     """
 
-    def __init__(self, drafters: Seq[Drafter], vocab_size: int) -> None:
+    def __init__(
+        self,
+        drafters: Seq[Drafter],
+        vocab_size: int,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+        slow_seconds: float = SLOW_SECONDS,
+    ) -> None:
         self.drafters, self.vocab_size = list(drafters), vocab_size
         self.needs = _union([d.needs for d in self.drafters])
+        self._clock, self._slow_seconds = clock, slow_seconds
         self._fallbacks: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {}
+        self._benches = {id(d): Bench() for d in self.drafters}
 
-    def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+    def draft(self, seqs: Seq[Sequence], budgets: Seq[int], policy: Policy | None = None, load: Load = NO_LOAD) -> DraftForest:
         """One tree per sequence, rooted at its last committed token, at most budgets[b] nodes below the root."""
         roots = [seq.tokens[-1] for seq in seqs]
-        open_ = [b for b, budget in enumerate(budgets) if budget > 0]
-        trees: dict[int, tuple[list[int], list[int], str]] = {}
-        for drafter in self.drafters:
-            if not open_:
-                break
-            asked = [seqs[b] for b in open_]
-            forest = self._ask(drafter, asked, [budgets[b] for b in open_])
-            if forest is None:
-                continue
-            for i, b in enumerate(open_):
-                if forest.size(i) > 1:
-                    part = forest.nodes(i)
-                    trees[b] = (forest.token[part].tolist(), forest.parent[part].tolist(), drafter.name)
-            open_ = [b for b in open_ if b not in trees]
-        if not trees:
+        if not any(budgets):
             return DraftForest.roots(roots)
-        bare: tuple[list[int], list[int], str]
-        chosen = []
-        for b, root in enumerate(roots):
-            bare = ([root], [-1], "")
-            chosen.append(trees.get(b, bare))
-        return DraftForest.from_parents([(tokens, parents) for tokens, parents, _ in chosen], [name for _, _, name in chosen])
+        policy = policy or FirstWins()
+        answers = _Answers(len(seqs), load.trims)
+        for drafter in self.drafters:
+            allowed = [
+                0 if answers.closed(b, drafter) else _limit(drafter, seq, budget)
+                for b, (seq, budget) in enumerate(zip(seqs, budgets, strict=True))
+            ]
+            if not any(allowed) or self._benches[id(drafter)].sits(self._clock()):
+                continue
+            asked = policy.allot(drafter.name, seqs, allowed, answers.gained, load)
+            owners = [b for b, budget in enumerate(asked) if budget > 0]
+            if not owners:
+                continue
+            forest = self._ask(drafter, [seqs[b] for b in owners], [asked[b] for b in owners], policy)
+            if forest is not None:
+                answers.add(forest, owners, drafter.name)
+        return answers.forest(roots, budgets)
 
     def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
         for drafter in self.drafters:
+            if self._benches[id(drafter)].sits(self._clock(), observing=True):
+                continue
+            started = self._clock()
             try:
                 drafter.observe(seqs, forest, verdict, signals)
             except Exception:
-                self._failed(drafter, "raised")
+                self._raised(drafter)
+            self._took(drafter, self._clock() - started, observing=True)
 
     def forget(self, seq_id: int) -> None:
         for drafter in self.drafters:
             try:
                 drafter.forget(seq_id)
             except Exception:
-                self._failed(drafter, "raised")
+                self._raised(drafter)
 
     def take_fallbacks(self) -> dict[str, int]:
-        """Fallbacks since the last call, by reason: raised, malformed, vocabulary."""
+        """Fallbacks since the last call, by reason: raised, malformed, vocabulary, slow."""
         taken = dict(self._fallbacks)
         self._fallbacks.clear()
         return taken
 
-    def _ask(self, drafter: Drafter, seqs: list[Sequence], budgets: list[int]) -> DraftForest | None:
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds spent drafting since the last call, by drafter."""
+        taken, self._seconds = self._seconds, {}
+        return taken
+
+    def _ask(self, drafter: Drafter, seqs: list[Sequence], budgets: list[int], policy: Policy) -> DraftForest | None:
+        """The drafter's forest with the policy's estimates, or None for one that cannot be used."""
+        started, reason = self._clock(), None
         try:
             forest = drafter.draft(seqs, budgets)
             reason = self._fault(forest, seqs, budgets)
         except Exception:
-            self._failed(drafter, "raised")
+            self._raised(drafter)
             return None
+        finally:
+            seconds = self._clock() - started
+            self._seconds[drafter.name] = self._seconds.get(drafter.name, 0.0) + seconds
+            slow = self._took(drafter, seconds)
         if reason:
             self._fallbacks[reason] += 1
+        if reason or slow:
             return None
+        depth = int(forest.depth.max(initial=0))
+        policy.drafted(drafter.name, len(seqs), max(depth, 1), seconds)
+        if not depth:
+            return None
+        forest.estimate = policy.estimate(drafter.name, seqs, forest)
         return forest
+
+    def _took(self, drafter: Drafter, seconds: float, *, observing: bool = False) -> bool:
+        """Whether that was too long; if so the drafter rests."""
+        if seconds <= self._slow_seconds:
+            return False
+        rest = self._benches[id(drafter)].send(self._clock(), observing=observing)
+        self._fallbacks["slow"] += 1
+        logger.warning("drafter %s took %.1f s: it is not asked for %.0f s", drafter.name, seconds, rest)
+        return True
 
     def _fault(self, forest: DraftForest, seqs: list[Sequence], budgets: list[int]) -> str | None:
         sizes = np.diff(forest.start)
-        if len(sizes) != len(seqs) or (sizes < 1).any() or (sizes - 1 > budgets).any():
+        if len(sizes) != len(seqs) or forest.start[0] != 0 or (sizes < 1).any() or (sizes - 1 > budgets).any():
             return "malformed"
-        if len(forest.token) != forest.num_nodes or len(forest.parent) != forest.num_nodes:
+        count = forest.num_nodes
+        rows = (forest.token, forest.parent, forest.depth, forest.confidence, forest.law_row)
+        if any(row is not None and len(row) != count for row in rows) or (forest.law is None) != (forest.law_row is None):
             return "malformed"
         if (forest.token[forest.start[:-1]] != [seq.tokens[-1] for seq in seqs]).any():
             return "malformed"
         if (forest.token < 0).any() or (forest.token >= self.vocab_size).any():
             return "vocabulary"
-        local = np.arange(forest.num_nodes) - np.repeat(forest.start[:-1], sizes)
+        first = np.repeat(forest.start[:-1], sizes)
+        local = np.arange(count) - first
         below = local > 0
-        if (forest.parent[below] < 0).any() or (forest.parent[below] >= local[below]).any():
+        parent = forest.parent
+        if (parent[~below] != -1).any() or (parent[below] < 0).any() or (parent[below] >= local[below]).any():
+            return "malformed"
+        # Positions follow from depths: a wrong one would change the answer.
+        if (forest.depth != np.where(below, forest.depth[first + np.maximum(parent, 0)] + 1, 0)).any():
             return "malformed"
         return None
 
-    def _failed(self, drafter: Drafter, reason: str) -> None:
-        self._fallbacks[reason] += 1
+    def _raised(self, drafter: Drafter) -> None:
+        self._fallbacks["raised"] += 1
         logger.exception("drafter %s failed; this step goes on without it", drafter.name)
+
+
+class _Answers:
+    """The forests that drafters gave for B sequences, and what each sequence makes of them."""
+
+    def __init__(self, count: int, trims: bool) -> None:
+        self.gained: list[float | None] = [None] * count  # expected tokens of each sequence's trees so far
+        self._trims = trims
+        self._trees: list[list[tuple[DraftForest, int, str]]] = [[] for _ in range(count)]
+        self._closed = [False] * count
+        self._forests: list[DraftForest] = []
+
+    def closed(self, b: int, drafter: Drafter) -> bool:
+        """Where sampled nodes may not be chosen among after the fact, the first drafter that has a guess is the only one."""
+        return self._closed[b] or (not self._trims and self.gained[b] is not None and drafter.siblings in SAMPLED)
+
+    def add(self, forest: DraftForest, owners: list[int], name: str) -> None:
+        self._forests.append(forest)
+        sampled = forest.law_row is not None and not self._trims
+        for i, b in enumerate(owners):
+            if forest.size(i) > 1:
+                self._trees[b].append((forest, i, name))
+                self.gained[b] = (self.gained[b] or 0.0) + _gain(forest, i)
+                self._closed[b] = self._closed[b] or (sampled and forest.is_sampled(i))
+
+    def forest(self, roots: list[int], budgets: Seq[int]) -> DraftForest:
+        """One tree per sequence."""
+        if not self._forests:
+            return DraftForest.roots(roots)
+        only = self._forests[0]
+        if len(self._forests) == 1 and only.num_trees == len(roots):
+            only.drafter = [trees[0][2] if trees else "" for trees in self._trees]
+            if self._trims:
+                only.law = only.law_row = None
+            return only
+        offsets: dict[int, int] = {}
+        laws: list[Tensor] = []
+        for forest in self._forests:
+            if forest.law is not None and not self._trims:
+                offsets[id(forest)] = sum(len(law) for law in laws)
+                laws.append(forest.law)
+        chosen = []
+        for root, budget, trees in zip(roots, budgets, self._trees, strict=True):
+            made = [_tree(forest, i, name, offsets.get(id(forest))) for forest, i, name in trees]
+            tree = made[0] if len(made) == 1 else fuse(made).cut(budget) if made else Tree([root], [-1], [1.0], [1.0], [""])
+            chosen.append(tree)
+        whole = forest_of(chosen)
+        if whole.law_row is not None:
+            import torch  # only where a drafter that has a law has imported it already
+
+            whole.law = laws[0] if len(laws) == 1 else torch.cat(laws)
+        return whole
+
+
+def _tree(forest: DraftForest, index: int, name: str, offset: int | None) -> Tree:
+    tree = Tree.of(forest, index, name)
+    if offset is not None and forest.is_sampled(index) and forest.law_row is not None:
+        tree.law_row = [row if row < 0 else row + offset for row in forest.law_row[forest.nodes(index)].tolist()]
+    return tree
+
+
+def _gain(forest: DraftForest, index: int) -> float:
+    if forest.estimate is None:
+        return 0.0
+    part = forest.nodes(index)
+    survival = [1.0]
+    for parent, estimate in zip(forest.parent[part].tolist()[1:], forest.estimate[part].tolist()[1:], strict=True):
+        survival.append(survival[parent] * estimate)
+    return sum(survival) - 1.0
+
+
+def _limit(drafter: Drafter, seq: Sequence, budget: int) -> int:
+    """The budget, or 0 where the request does not want this drafter."""
+    wanted = seq.request.speculation.drafters
+    return budget if wanted is None or drafter.name in wanted else 0
 
 
 def _union(needs: list[Signals]) -> Signals:

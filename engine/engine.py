@@ -32,6 +32,7 @@ class Engine:
         self.executor = executor
         self.info = info
         self.policy = make_policy(config.policy, budget=config.budget)
+        executor.guide(self.policy)
         self.recorder = StatsRecorder()
         self.pool = BlockPool(info.num_blocks, info.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(
@@ -42,6 +43,7 @@ class Engine:
             max_model_len=info.max_model_len,
             eos_ids=frozenset(info.eos_ids),
             recorder=self.recorder,
+            prediction_drafters=frozenset(info.prediction_drafters),
         )
 
     def add(self, request: Request) -> None:
@@ -65,8 +67,9 @@ class Engine:
             return []
         result = self.executor.execute(plan)
         deltas = self.scheduler.commit(plan, result)
-        self.policy.observe(plan, result)
-        self.recorder.step(result, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.policy.observe(plan, result, seconds)
+        self.recorder.step(result, seconds)
         self._check_integrity()
         return deltas
 
@@ -77,6 +80,8 @@ class Engine:
             waiting=self.scheduler.num_waiting,
             blocks_used=self.pool.num_used,
             blocks_total=self.pool.num_blocks,
+            calibration_error=self.policy.calibration_error,
+            cost_error=self.policy.cost_error,
         )
 
     def close(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine.blocks import HashChain
 from engine.messages import SequenceUsage, TokenLogprobs
+from engine.protocols import Reason
 from engine.request import Request
 from engine.sequence import Sequence
 
@@ -14,7 +15,7 @@ class Entry:
     It is running while it holds blocks and waiting otherwise (new, or preempted).
     """
 
-    __slots__ = ("chain", "group", "key", "known", "num_sent", "prompt_logprobs", "running", "seq", "usage")
+    __slots__ = ("chain", "group", "key", "known", "limit", "num_sent", "prompt_logprobs", "running", "seq", "usage")
 
     def __init__(self, seq: Sequence, group: Group, chain: HashChain) -> None:
         self.seq = seq
@@ -23,6 +24,7 @@ class Entry:
         self.key = (seq.request.priority, group.arrival, seq.sample_index)  # lowest first; unique
         self.running = False
         self.known = False  # a plan has told the workers about it
+        self.limit: Reason = ""  # what cut the last budget below the policy's wish
         self.num_sent = 0  # leading blocks of its table that the workers know; 0: send the whole table
         self.usage = SequenceUsage()
         # Gathered chunk by chunk; None when not asked for, or sent already.

@@ -33,7 +33,7 @@ class SequenceUsage(msgspec.Struct, omit_defaults=True):
     accepted_per_position: list[int] = []  # [d]: verify steps in which the draft stood to depth d + 1 or further
     drafted_by: dict[str, int] = {}  # draft nodes shown to the target, by drafter
     accepted_by: dict[str, int] = {}
-    budget_reasons: dict[str, int] = {}  # verify steps by what limited their budget (engine/policies: Reason)
+    budget_reasons: dict[str, int] = {}  # verify steps by what limited their budget (engine/protocols: Reason)
     seconds_saved: float = 0.0  # estimated: plain decoding's predicted time for the same tokens, less the steps' own share
 
 
@@ -79,6 +79,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     load_seconds: float
     verifiers: list[str] = []  # that a request may choose: lossless, and exact for every configured drafter
     max_budget: int = 0  # most draft nodes of one sequence in one step
+    prediction_drafters: list[str] = []  # whose tokens the OpenAI usage fields report as predicted ones
     eos_ids: list[int] = []  # ids that end a sequence, from the model's own generation settings
 
 

@@ -75,3 +75,5 @@ class StepResult(msgspec.Struct):
     num_forward_tokens: int = 0
     fallbacks: dict[str, int] = {}  # drafter fallbacks in this step, by reason
     draft_seconds: dict[str, float] = {}  # by drafter
+    predicted_tokens: float = 0.0  # what the policy expected of the step; 0 where it decided nothing
+    predicted_seconds: float = 0.0

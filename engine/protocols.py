@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, overload
+
+import numpy as np
+from numpy.typing import NDArray
 
 from engine.messages import EngineInfo
 from engine.plan import StepPlan, StepResult
@@ -53,7 +56,8 @@ class Drafter(Protocol):
 
     `draft` gives one tree per sequence, rooted at its last committed token, with at most budgets[i] nodes below the
     root; an empty guess is a bare root. It may raise: the worker then uses bare roots for this step.
-    `observe` is called after every step for the sequences that were judged, before their commit.
+    `observe` is called after every step for the sequences that were judged, before their commit. One that takes too long is
+    not called for a while. A drafter that says `reports_prediction = True` fills the OpenAI usage fields on predicted tokens.
     """
 
     name: str
@@ -85,29 +89,122 @@ class Verifier(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the next step carries besides drafts."""
+    """What a step carries besides drafts."""
 
     prefill_tokens: int  # committed tokens to be fed beyond one root per decoding sequence
     free_blocks: int
     block_size: int
+    context_tokens: int = 0  # tokens computed before the step, all its sequences together
+    sequences: int = 0  # rows of the plan: the judged ones and the prompt chunks
+    draft_seconds: float = 0.0  # spent on drafting in this step already
+    trims: bool = True  # sampled nodes may be dropped after they were seen (Verifier.anticipates)
+
+
+Reason = Literal[
+    "",  # nobody decides: a fixed budget
+    "goodput",  # chosen freely: more nodes would have been possible, or there were no more
+    "no_match",  # nobody had a guess
+    "cost",  # nodes were dropped because they do not pay
+    "itl",  # a longer step would break --max-itl-ms
+    "max_nodes",  # the request's own limit
+    "max_tokens",  # the request's end is near
+    "blocks",  # no KV blocks, or no room in the step
+    "probe",  # would not pay by what is known: shown to learn
+    "off",  # the request wants none
+    "stale",  # the drafter has to catch up first
+]
+
+
+@dataclass(slots=True)
+class Choice:
+    """What a policy made of a step's drafts: the forest that the target will see, and what it expects of it.
+
+    dropped and reasons [trees]. tokens: expected commits of the step; seconds: predicted, drafting included; plain_seconds: of
+    the same step with bare roots; decode_seconds: of a step of those roots alone. 0 where nothing was predicted.
+    """
+
+    forest: DraftForest
+    dropped: list[int]
+    reasons: list[Reason]
+    tokens: float = 0.0
+    seconds: float = 0.0
+    plain_seconds: float = 0.0
+    decode_seconds: float = 0.0
 
 
 class Policy(Protocol):
-    """Decides how far ahead to guess. `budgets` runs before drafting; 0 is plain decoding."""
+    """Decides how far ahead to guess. Subclasses inherit what a policy does that decides nothing after `budgets`."""
 
     name: str
+    calibration_error: float = 0.0  # mean |predicted - observed| survival at equal predictions, recent draft nodes
+    cost_error: float = 0.0  # mean |predicted / measured - 1| of a step's time, recent steps
 
-    def budgets(self, seqs: Seq[Sequence], load: Load) -> list[int]: ...
+    def budgets(self, seqs: Seq[Sequence], load: Load) -> list[int]:
+        """Before drafting: the most draft nodes of each sequence in this step; 0 is plain decoding."""
+        ...
 
-    def trim(self, forest: DraftForest) -> DraftForest: ...
+    def allot(self, drafter: str, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
+        """Before each drafter in turn: how many nodes it may draft for each sequence, at most budgets[b]; 0 = do not ask it.
 
-    def observe(self, plan: StepPlan, result: StepResult) -> None: ...
+        gained[b]: tokens expected from the trees of the drafters before it; None where they had nothing. Here: the first drafter
+        that has more than a root wins.
+        """
+        return [budget if gain is None else 0 for budget, gain in zip(budgets, gained, strict=True)]
+
+    def estimate(self, drafter: str, seqs: Seq[Sequence], forest: DraftForest) -> NDArray[np.float64] | None:
+        """P(node stands | its parent stands) for each node of one drafter's forest; None: its own confidence will do."""
+        return None
+
+    def drafted(self, drafter: str, sequences: int, depth: int, seconds: float) -> None:
+        """What asking a drafter took, for so many sequences, down to the deepest node that it drafted."""
+        return  # and nothing is learned
+
+    def trim(self, forest: DraftForest, seqs: Seq[Sequence], load: Load) -> Choice:
+        """After drafting: which nodes the target will see."""
+        return Choice(forest, [0] * forest.num_trees, [""] * forest.num_trees)
+
+    def learn(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict) -> None:
+        """What the target said of the nodes it saw. Called in the worker, before the commit."""
+        return  # and nothing is learned
+
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        """A whole step is over: its wall seconds."""
+        return  # and nothing is learned
+
+    def forget(self, seq_id: int) -> None:
+        """A sequence is gone."""
+        return  # and nothing is learned
+
+
+class CostModel(Protocol):
+    """What steps cost on this machine, in seconds. `verify_seconds` is a whole step less its drafting, commit included.
+
+    tokens: rows of the forward (roots, draft nodes and prompt tokens); context_tokens: computed before the step, all sequences
+    together; sequences: rows of the plan; depth: of the deepest node drafted.
+    """
+
+    @overload
+    def verify_seconds(self, tokens: int, context_tokens: int, sequences: int) -> float: ...
+
+    @overload
+    def verify_seconds(self, tokens: NDArray[np.int64], context_tokens: int, sequences: int) -> NDArray[np.float64]: ...
+
+    def draft_seconds(self, drafter: str, sequences: int, depth: int) -> float: ...
+
+    def observe(self, tokens: int, context_tokens: int, sequences: int, seconds: float) -> None: ...
+
+    def observe_draft(self, drafter: str, sequences: int, depth: int, seconds: float) -> None: ...
 
 
 class Executor(Protocol):
-    """Runs a step on every rank. `execute` gives one RowResult per row of the plan, in the plan's order."""
+    """Runs a step on every rank. `execute` gives one RowResult per row of the plan, in the plan's order.
+
+    `guide` names the policy that trims drafts from now on. It decides on rank 0 alone; the others are told its forest.
+    """
 
     info: EngineInfo
+
+    def guide(self, policy: Policy) -> None: ...
 
     def execute(self, plan: StepPlan) -> StepResult: ...
 

@@ -19,17 +19,32 @@ from engine.blocks import BlockPool, HashChain
 from engine.entry import Entry, Group
 from engine.messages import TokenDelta
 from engine.plan import NewSequence, Row, RowResult, StepPlan, StepResult
-from engine.protocols import Load, Policy
+from engine.protocols import Load, Policy, Reason
 from engine.request import Request
 from engine.sequence import Sequence
 from engine.sharing import share_out
 from engine.stats import StatsRecorder
-
-PREDICTION = "prediction"  # the drafter whose acceptance the OpenAI usage fields report
+from engine.usage import add_verdict
 
 
 def _order(entry: Entry) -> tuple[int, int, int]:
     return entry.key
+
+
+def _limited(entry: Entry, budget: int) -> int:
+    """The budget, cut to what the request wants and can use; `entry.limit` says by what."""
+    speculation = entry.seq.request.speculation
+    # The bonus token is one of the remaining ones. As prompt + max_tokens fit the model, so do all draft positions.
+    limits: list[tuple[int, Reason]] = [(entry.remaining - 1, "max_tokens")]
+    if speculation.max_nodes is not None:
+        limits.append((speculation.max_nodes, "max_nodes"))
+    if speculation.off:
+        limits.append((0, "off"))
+    entry.limit = ""
+    for most, reason in limits:
+        if most < budget or reason == "off":
+            budget, entry.limit = max(most, 0), reason
+    return budget
 
 
 class Scheduler:
@@ -45,8 +60,12 @@ class Scheduler:
         max_model_len: int,
         eos_ids: frozenset[int] = frozenset(),
         recorder: StatsRecorder | None = None,
+        prediction_drafters: frozenset[str] = frozenset(),
     ) -> None:
-        """Raises ValueError for a limit that would let nothing run."""
+        """`prediction_drafters`: whose tokens the usage reports as predicted.
+
+        Raises ValueError for a limit that would let nothing run.
+        """
         if min(max_num_seqs, max_num_batched_tokens, max_model_len) < 1:
             raise ValueError("max_num_seqs, max_num_batched_tokens and max_model_len must be at least 1")
         self.pool = pool
@@ -56,6 +75,7 @@ class Scheduler:
         self.max_tokens_per_step = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.eos_ids = eos_ids
+        self.prediction_drafters = prediction_drafters
         self.running: list[Entry] = []  # both in the order (priority, arrival, sample index)
         self.waiting: list[Entry] = []
         self._groups: dict[str, Group] = {}
@@ -282,16 +302,21 @@ class Scheduler:
         """Draft nodes of each row: what the policy wants, cut to what the row, the step and the pool have room for."""
         judged = [i for i, (entry, count) in enumerate(scheduled) if count == entry.seq.num_uncomputed]
         entries = [scheduled[i][0] for i in judged]
-        asked = self.policy.budgets([entry.seq for entry in entries], Load(num_prefill, self.pool.num_free, self.pool.block_size))
-        # The bonus token is one of the remaining ones. As prompt + max_tokens fit the model, so do all draft positions.
-        wants = [max(0, min(budget, entry.remaining - 1)) for budget, entry in zip(asked, entries, strict=True)]
+        asked = self.policy.budgets([entry.seq for entry in entries], self._load(scheduled, num_prefill))
+        wants = [_limited(entry, budget) for entry, budget in zip(entries, asked, strict=True)]
         self._drafts_asked = sum(wants)
         budgets = [0] * len(scheduled)
-        for i, entry, grant in zip(judged, entries, share_out(wants, left, first=self._step), strict=True):
+        for i, entry, want, grant in zip(judged, entries, wants, share_out(wants, left, first=self._step), strict=True):
             if grant:
                 budgets[i] = self._reserve_drafts(entry.seq, grant)
+            if budgets[i] < want:
+                entry.limit = "blocks"
         self._drafts_granted = sum(budgets)
         return budgets
+
+    def _load(self, scheduled: list[tuple[Entry, int]], num_prefill: int) -> Load:
+        context = sum(entry.seq.num_computed for entry, _ in scheduled)
+        return Load(num_prefill, self.pool.num_free, self.pool.block_size, context, len(scheduled))
 
     def _reserve_drafts(self, seq: Sequence, wanted: int) -> int:
         """Blocks for up to `wanted` draft nodes behind the committed tokens; returns for how many there are."""
@@ -342,7 +367,7 @@ class Scheduler:
         if entry.prompt_logprobs is not None and gained.prompt_logprobs:
             entry.prompt_logprobs.extend(gained.prompt_logprobs)
         seq.num_computed += row.num_new + gained.num_accepted
-        delta = self._extend(entry, gained) if tokens else None
+        delta = self._extend(entry, gained, row.budget) if tokens else None
         self.pool.publish(seq, entry.chain)
         if seq.num_computed >= entry.group.num_shared:
             self._release_siblings(entry.group)
@@ -350,18 +375,15 @@ class Scheduler:
             self._remove(entry)
         return delta
 
-    def _extend(self, entry: Entry, gained: RowResult) -> TokenDelta:
+    def _extend(self, entry: Entry, gained: RowResult, budget: int) -> TokenDelta:
         """Commit a verdict."""
         seq, usage, tokens = entry.seq, entry.usage, gained.token_ids
         kept = seq.commit(tokens)
         accepted = min(kept, gained.num_accepted)
+        if entry.limit and not gained.num_dropped and gained.num_draft >= budget:
+            gained.reason = entry.limit  # it used all it had
         self.recorder.verdict(gained, kept, accepted)
-        usage.steps += 1
-        usage.drafted_tokens += gained.num_draft
-        usage.accepted_tokens += accepted
-        if gained.drafter == PREDICTION:
-            usage.accepted_prediction_tokens += accepted
-            usage.rejected_prediction_tokens += gained.num_draft - accepted
+        add_verdict(usage, gained, accepted, self.prediction_drafters)
         delta = TokenDelta(
             request_id=seq.request.request_id,
             index=seq.sample_index,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Int = NDArray[np.int32]
 Float = NDArray[np.float32]
+Double = NDArray[np.float64]
 
 
 @dataclass(slots=True)
@@ -29,10 +30,11 @@ class DraftForest:
     start[b]:start[b+1]); drafter [B] names who drafted the tree ("" for a bare root).
 
     confidence [N], where the drafter has one: its own estimate of P(node stands | its parent stands), 1 for a root; raw,
-    the policy calibrates it. law [K, V] and law_row [N], only for children drawn from a draft law (Siblings IID and DISTINCT):
-    the children of node i were drawn, in node order, from softmax-normalised law[law_row[i]] (float32 probabilities, exactly
-    the law of the draw); -1 where they were chosen deterministically. node_drafter [N] names who drafted each node where
-    trees of several drafters were fused into one.
+    the policy calibrates it, into `estimate` [N]; NaN in trees of a drafter that has none, where others have. law [K, V] and
+    law_row [N], only for children drawn from a draft law (Siblings IID, DISTINCT and GREEDY): the children of node i were
+    drawn, in node order, from softmax-normalised law[law_row[i]] (float32 probabilities, exactly the law of the draw); -1 where
+    they were chosen deterministically. node_drafter [N] names who drafted each node where trees of several drafters were
+    fused into one.
     """
 
     token: Int
@@ -44,6 +46,7 @@ class DraftForest:
     law: torch.Tensor | None = None
     law_row: Int | None = None
     node_drafter: list[str] | None = None
+    estimate: Double | None = None
 
     @property
     def num_trees(self) -> int:
@@ -113,6 +116,7 @@ class DraftForest:
             self.law,
             None if self.law_row is None else self.law_row[kept],
             None if self.node_drafter is None else [n for n, k in zip(self.node_drafter, kept.tolist(), strict=True) if k],
+            None if self.estimate is None else self.estimate[kept],
         )
 
     @classmethod

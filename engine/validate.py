@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from math import isfinite
 
 from engine.messages import EngineInfo
-from engine.request import Request, SamplingParams
+from engine.request import Request, SamplingParams, Speculation
 
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 1024
@@ -34,6 +34,7 @@ def check_request(request: Request, info: EngineInfo) -> None:
     _check_numbers(params)
     _check_token_lists(params, info.vocab_size)
     _check_logprobs(params, info.vocab_size)
+    _check_speculation(request.speculation, info)
 
 
 def _require(condition: object, name: str, why: str) -> None:
@@ -78,3 +79,19 @@ def _check_logprobs(params: SamplingParams, vocab_size: int) -> None:
     most = min(MAX_LOGPROBS, vocab_size)
     for name, value in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         _require(value is None or 0 <= value <= most, name, f"must be between 0 and {most}")
+
+
+def _check_speculation(wanted: Speculation, info: EngineInfo) -> None:
+    for name in wanted.drafters or ():
+        _require(name in info.drafters, "speculation.drafter", f"{name!r} is not configured; there is {_names(info.drafters)}")
+    _require(wanted.max_nodes is None or wanted.max_nodes >= 0, "speculation.max_nodes", "must be 0 or more")
+    known = info.verifiers or [info.verifier]
+    _require(
+        wanted.verifier is None or wanted.verifier in known,
+        "speculation.verifier",
+        f"{wanted.verifier!r} cannot be chosen; there is {_names(known)}",
+    )
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names) or "none"

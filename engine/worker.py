@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -18,10 +19,11 @@ from engine.models.batch import ForwardBatch
 from engine.models.factory import load_model
 from engine.models.loader import load_config
 from engine.plan import Row, RowResult, StepPlan, StepResult, StepTimes
-from engine.protocols import Observed
+from engine.protocols import Choice, Load, Observed, Policy
+from engine.row_result import row_result
 from engine.sequence import Sequence
 from engine.target_law import TargetLaw
-from engine.tree import DraftForest, Verdict
+from engine.tree import Verdict
 
 PROMPT_LOGPROB_ROWS = 128  # prompt rows whose logits are held at once: 128 * 150k * 4 B = 77 MB
 NOT_FINITE = "the model produced logits that are not finite for this request"
@@ -61,6 +63,7 @@ class Worker:
             draft_model.open(self.memory.num_blocks)
         self.eos_ids = eos_ids
         self.target_law = TargetLaw(shape.vocab_size, self.eos_ids, self.device)
+        self.policy: Policy = registry.make_policy("fixed")
         self.drafting = Drafting(drafters, shape.vocab_size)
         self.seqs: dict[int, Sequence] = {}
         self.info = EngineInfo(
@@ -84,6 +87,8 @@ class Worker:
             max_num_batched_tokens=config.max_num_batched_tokens,
             load_seconds=time.perf_counter() - started,
             eos_ids=sorted(self.eos_ids),
+            max_budget=config.max_budget if config.policy == "goodput" else config.budget,
+            prediction_drafters=[d.name for d in drafters if getattr(d, "reports_prediction", False)],
         )
 
     def _draft_model(self, dtype: torch.dtype) -> DraftRunner | None:
@@ -105,7 +110,12 @@ class Worker:
         for tree, i in enumerate(judged):
             trees[i] = tree
         tree_seqs = [seqs[i] for i in judged]
-        forest = self.drafting.draft(tree_seqs, [plan.rows[i].budget for i in judged])
+        load = self._load(plan, seqs, len(judged))
+        forest = self.drafting.draft(tree_seqs, [plan.rows[i].budget for i in judged], self.policy, load)
+        draft_seconds = self.drafting.take_seconds()
+        load = replace(load, draft_seconds=sum(draft_seconds.values()))
+        choice = self.policy.trim(forest, tree_seqs, load)
+        forest = choice.forest
         clock.append(time.perf_counter())
 
         block_size, scratch = self.config.block_size, self.kv.scratch_slot
@@ -120,15 +130,22 @@ class Worker:
         verdict = self.verifier.verify(forest, scores, tree_seqs)
         clock.append(time.perf_counter())
 
+        self.policy.learn(tree_seqs, forest, verdict)
         roots = [plan.rows[i].num_computed + plan.rows[i].num_new - 1 for i in judged]
         self.kv.commit(tree_seqs, roots, forest, verdict)
         self.drafting.observe(tree_seqs, forest, verdict, self._signals(logits, layers, scores, batch.num_tokens))
-        results = self._results(plan, seqs, trees, forest, verdict, logits)
+        results = self._results(plan, seqs, trees, choice, verdict, logits)
         self._prompt_logprobs(plan, seqs, batch, hidden, results)
         self._commit(seqs, plan.rows, results)
         clock.append(time.perf_counter())
         times = StepTimes(*(after - before for before, after in pairwise(clock)))
-        return StepResult(results, times, batch.num_tokens, self.drafting.take_fallbacks())
+        return StepResult(
+            results, times, batch.num_tokens, self.drafting.take_fallbacks(), draft_seconds, choice.tokens, choice.seconds
+        )
+
+    def guide(self, policy: Policy) -> None:
+        """From now on this policy decides which drafts the target sees."""
+        self.policy = policy
 
     def close(self) -> None:
         self.seqs.clear()
@@ -138,6 +155,7 @@ class Worker:
         for seq_id in plan.removed:
             if self.seqs.pop(seq_id, None) is not None:
                 self.drafting.forget(seq_id)
+                self.policy.forget(seq_id)
         for new in plan.new:
             self.seqs[new.seq_id] = Sequence(new.seq_id, new.request, new.sample_index, self.eos_ids)
         seqs = [self.seqs[row.seq_id] for row in plan.rows]
@@ -149,6 +167,16 @@ class Worker:
             seq.num_computed = row.num_computed
         return seqs
 
+    def _load(self, plan: StepPlan, seqs: list[Sequence], num_judged: int) -> Load:
+        return Load(
+            prefill_tokens=sum(row.num_new for row in plan.rows) - num_judged,
+            free_blocks=0,  # the budgets have them already
+            block_size=self.config.block_size,
+            context_tokens=sum(row.num_computed for row in plan.rows),
+            sequences=len(seqs),
+            trims=self.verifier.anticipates,
+        )
+
     def _signals(self, logits: torch.Tensor, layers: dict[int, torch.Tensor], scores: torch.Tensor, num_rows: int) -> Observed:
         needs = self.drafting.needs
         observed = Observed(hidden={layer: rows[:num_rows] for layer, rows in layers.items()})
@@ -159,15 +187,16 @@ class Worker:
         return observed
 
     def _results(
-        self, plan: StepPlan, seqs: list[Sequence], trees: list[int], forest: DraftForest, verdict: Verdict, logits: torch.Tensor
+        self, plan: StepPlan, seqs: list[Sequence], trees: list[int], choice: Choice, verdict: Verdict, logits: torch.Tensor
     ) -> list[RowResult]:
         results = []
+        forest = choice.forest
         for seq, row, tree in zip(seqs, plan.rows, trees, strict=True):
             if tree < 0:
                 results.append(RowResult(row.seq_id, []))
                 continue
             tokens = verdict.tokens[tree]
-            result = RowResult(row.seq_id, tokens, forest.size(tree) - 1, forest.drafter[tree])
+            result = row_result(row.seq_id, choice, verdict, tree)
             if not tokens:
                 result.error = NOT_FINITE
                 self._clear(seq)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from engine.messages import EngineInfo, TokenLogprobs
 from engine.plan import Row, RowResult, StepPlan, StepResult, StepTimes
+from engine.protocols import Policy
 from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
 from engine.tree import DraftForest
@@ -99,6 +100,7 @@ def fake_info(**changes: object) -> EngineInfo:
         "max_num_batched_tokens": 64,
         "load_seconds": 0.0,
         "eos_ids": [EOS],
+        "prediction_drafters": ["prediction"],
     }
     return EngineInfo(**(values | changes))  # type: ignore[arg-type]  # values of many types
 
@@ -118,6 +120,9 @@ class FakeExecutor:
         self.reread = True  # read every slot of the context, not only the last
         self.closed = False
         self._kv = [EMPTY] * (self.info.num_blocks * self.info.block_size)
+
+    def guide(self, policy: Policy) -> None:
+        """Nothing that it drafts is trimmed."""
 
     def execute(self, plan: StepPlan) -> StepResult:
         if self.keep_plans:

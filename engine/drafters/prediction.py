@@ -30,6 +30,7 @@ class PredictionDrafter:
     name = "prediction"
     needs = NO_SIGNALS
     siblings = Siblings.POINT
+    reports_prediction = True
 
     def __init__(self) -> None:
         self._cursors: dict[int, _Cursor] = {}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from engine import machine
 from engine.config import EngineConfig
 from engine.plan import StepPlan, StepResult
+from engine.probe import Probe, run_probe
+from engine.protocols import Policy
 from engine.worker import Worker
 
 
@@ -14,8 +17,17 @@ class LocalExecutor:
         self._worker = Worker(config)
         self.info = self._worker.info
 
+    def guide(self, policy: Policy) -> None:
+        self._worker.guide(policy)
+
     def execute(self, plan: StepPlan) -> StepResult:
         return self._worker.step(plan)
+
+    def platform(self) -> dict[str, str]:
+        return machine.describe(self._worker.device)
+
+    def probe(self, probe: Probe) -> float:
+        return run_probe(self._worker, probe)
 
     def close(self) -> None:
         self._worker.close()

@@ -8,28 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from engine.plan import StepPlan, StepResult
-from engine.protocols import Load
+from engine.protocols import Load, Policy
 from engine.sequence import Sequence
-from engine.tree import DraftForest
 
 
-class FixedPolicy:
+class FixedPolicy(Policy):
     """`budget` draft nodes for everyone."""
 
     name = "fixed"
 
-    def __init__(self, budget: int = 8) -> None:
-        """Raises ValueError for a negative budget."""
+    def __init__(self, budget: int = 8, **_: object) -> None:
+        """Takes what every policy is told, and uses `budget`. Raises ValueError for a negative budget."""
         if budget < 0:
             raise ValueError(f"budget: must not be negative, got {budget}")
         self.budget = budget
 
     def budgets(self, seqs: Seq[Sequence], load: Load) -> list[int]:
         return [self.budget] * len(seqs)
-
-    def trim(self, forest: DraftForest) -> DraftForest:
-        return forest
-
-    def observe(self, plan: StepPlan, result: StepResult) -> None:
-        pass

@@ -15,7 +15,7 @@ from engine.drafting import Drafting
 from engine.engine import Engine
 from engine.messages import SequenceUsage, TokenLogprobs
 from engine.plan import StepPlan, StepResult
-from engine.protocols import NO_SIGNALS, Drafter, Observed, Siblings
+from engine.protocols import NO_SIGNALS, Drafter, Observed, Policy, Siblings
 from engine.registry import make_drafter
 from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
@@ -29,6 +29,9 @@ class SharedExecutor:
     def __init__(self, worker: Worker, num_blocks: int | None) -> None:
         self.worker = worker
         self.info = worker.info if num_blocks is None else msgspec.structs.replace(worker.info, num_blocks=num_blocks)
+
+    def guide(self, policy: Policy) -> None:
+        self.worker.guide(policy)
 
     def execute(self, plan: StepPlan) -> StepResult:
         return self.worker.step(plan)

@@ -13,7 +13,7 @@ from engine.plan import StepPlan, StepResult, StepTimes
 from engine.protocols import Load, Siblings
 from engine.registry import check_pairing, make, make_policy
 from engine.sequence import Sequence
-from engine.tree import DraftForest
+from engine.tree import DraftForest, Verdict
 from tests.fakes import make_request
 
 LOAD = Load(prefill_tokens=0, free_blocks=10, block_size=16)
@@ -31,13 +31,22 @@ def test_budgets(name: str, budget: int, expected: int, count: int) -> None:
     assert policy.budgets(sequences(count), LOAD) == [expected] * count
 
 
-@pytest.mark.parametrize("name", sorted(registry.POLICIES))
+@pytest.mark.parametrize("name", ["off", "fixed"])
 def test_these_policies_keep_every_draft_and_learn_nothing(name: str) -> None:
     policy = make_policy(name, budget=4)
     forest = DraftForest.from_chains([1, 2], [[3, 4], [5]])
-    assert policy.trim(forest) is forest
-    policy.observe(StepPlan(1, [], [], []), StepResult([], StepTimes()))
+    choice = policy.trim(forest, sequences(2), LOAD)
+    assert choice.forest is forest and choice.dropped == [0, 0] and choice.reasons == ["", ""] and choice.seconds == 0
+    assert policy.estimate("d", sequences(2), forest) is None
+    policy.drafted("d", 2, 2, 0.1)
+    policy.learn(sequences(2), forest, Verdict([[], []], [[7], [8]]))
+    policy.observe(StepPlan(1, [], [], []), StepResult([], StepTimes()), 0.1)
+    policy.forget(0)
     assert policy.budgets(sequences(2), LOAD) == make_policy(name, budget=4).budgets(sequences(2), LOAD)
+
+
+def test_without_a_better_idea_the_first_drafter_that_has_a_guess_wins() -> None:
+    assert make_policy("fixed").allot("d", sequences(3), [8, 0, 3], [None, None, 1.5], LOAD) == [8, 0, 0]
 
 
 def test_a_negative_budget_is_refused() -> None:
@@ -46,7 +55,7 @@ def test_a_negative_budget_is_refused() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones_and_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"there is no policy 'fixt' \(did you mean 'fixed'\?\); known: fixed, off"):
+    with pytest.raises(ValueError, match=r"there is no policy 'fixt' \(did you mean 'fixed'\?\); known: fixed.*, off"):
         make("policy", "fixt")
     with pytest.raises(ValueError, match=r"there is no verifier 'zzz'; known: match"):
         make("verifier", "zzz")
