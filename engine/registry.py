@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.protocols import Drafter, Policy, Verifier
 
 DRAFTERS = {
+    "draft_model": "engine.drafters.draft_model:DraftModelDrafter",
     "ngram": "engine.drafters.ngram:NgramDrafter",
     "none": "engine.drafters.none:NoneDrafter",
     "prediction": "engine.drafters.prediction:PredictionDrafter",
@@ -66,9 +67,13 @@ def wants_draft_model(names: Iterable[str]) -> bool:
 def drafter_offers(config: EngineConfig, vocab_size: int, eos_ids: frozenset[int], draft_model: Any = None) -> dict[str, Any]:
     """What the engine offers to the constructor of every drafter: one that needs it names it as a parameter.
 
-    draft_model: the model of `config.draft_model`, ready to be loaded (engine/draft_runner.py), or None.
+    draft_model: the model of `config.draft_model`, ready to be loaded (engine/draft_runner.py), or None. Of the verifier: which
+    kinds of siblings it is exact for, and whether it judges but the first of several sampled ones.
     """
+    verifier = load("verifier", config.verifier)
     return {
+        "accepts": verifier.accepts,
+        "chains_only": getattr(verifier, "chains_only", False),
         "vocab_size": vocab_size,
         "eos_ids": eos_ids,
         "memory_bytes": config.drafter_memory_bytes,  # most bytes of state that outlives a sequence, all salts together
