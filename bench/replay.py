@@ -1,7 +1,7 @@
 """Any drafter over recorded real continuations, without a model: tokens per step, time per draft, memory, calibration.
 
     python -m bench.replay record MODEL [--out FILE]    ask a model once (greedy and sampled) and keep its rows
-    python -m bench.replay run FILE --drafters a,b      a recording; or a data file with written answers, read by --model's tokenizer
+    python -m bench.replay run FILE --drafters a,b      a recording, or a data file with written answers
 
 Every answer is drafted for step by step as the engine would: the drafts that the recorded tokens follow stand, the next token is
 the bonus. One sequence runs at a time. `first` is the first time an answer is asked for, `again` the second, by the same
@@ -73,18 +73,18 @@ def replay(drafter: Drafter, recorded: Recorded, seq_id: int, budget: int, salt:
     tally = Tally()
     while seq.num_output < len(recorded.answer):
         truth = recorded.answer[seq.num_output :]
-        began = time.perf_counter()
+        began = time.thread_time()
         forest = drafter.draft([seq], [min(budget, len(truth) - 1)])
-        tally.draft_seconds += time.perf_counter() - began
+        tally.draft_seconds += time.thread_time() - began
         path = judge(forest, truth, tally)
         kept = np.zeros(forest.num_nodes, dtype=bool)
         kept[[0, *path]] = True
         tokens = truth[: len(path) + 1]
         rows = slice(seq.num_output, seq.num_output + len(path) + 1)
         observed = Observed(top_ids[rows], top_logits[rows]) if recorded.top_ids else Observed()
-        began = time.perf_counter()
+        began = time.thread_time()
         drafter.observe([seq], forest.keep(kept), Verdict([list(range(1, len(path) + 1))], [tokens]), observed)
-        tally.observe_seconds += time.perf_counter() - began
+        tally.observe_seconds += time.thread_time() - began
         seq.commit(tokens)
         tally.tokens += len(tokens)
         tally.steps += 1

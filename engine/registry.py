@@ -12,16 +12,30 @@ from engine.config import EngineConfig
 from engine.protocols import Drafter, Policy, Verifier
 
 DRAFTERS = {
+    "aded": "engine.drafters.aded:AdedDrafter",
     "draft_model": "engine.drafters.draft_model:DraftModelDrafter",
+    "lookahead": "engine.drafters.lookahead:LookaheadDrafter",
     "ngram": "engine.drafters.ngram:NgramDrafter",
     "none": "engine.drafters.none:NoneDrafter",
     "prediction": "engine.drafters.prediction:PredictionDrafter",
+    "rasd": "engine.drafters.rasd:RasdDrafter",
     "rest": "engine.drafters.rest:RestDrafter",
+    "stand": "engine.drafters.stand:StandDrafter",
     "suffix": "engine.drafters.suffix:SuffixDrafter",
+    "token_recycling": "engine.drafters.token_recycling:TokenRecyclingDrafter",
 }
 
 VERIFIERS = {
+    "block": "engine.verifiers.block:BlockVerifier",
+    "lenient": "engine.verifiers.lenient:LenientVerifier",
     "match": "engine.verifiers.match:MatchVerifier",
+    "optimal": "engine.verifiers.optimal:OptimalVerifier",
+    "recursive": "engine.verifiers.recursive:RecursiveVerifier",
+    "rejection": "engine.verifiers.rejection:RejectionVerifier",
+    "single_coin": "engine.verifiers.single_coin:SingleCoinVerifier",
+    "spectr": "engine.verifiers.spectr:SpectrVerifier",
+    "traversal": "engine.verifiers.traversal:TraversalVerifier",
+    "typical": "engine.verifiers.typical:TypicalVerifier",
 }
 
 POLICIES = {
@@ -53,9 +67,7 @@ def load(kind: str, name: str) -> Any:
 
 def make_drafter(name: str, offers: Mapping[str, Any] | None = None, **options: Any) -> Drafter:
     """A drafter given its options, and of `offers` what its constructor has a parameter of that name for."""
-    wanted = signature(load("drafter", name)).parameters
-    offered = {key: value for key, value in (offers or {}).items() if key in wanted}
-    drafter: Drafter = make("drafter", name, **(offered | options))
+    drafter: Drafter = make("drafter", name, **(_wanted("drafter", name, offers) | options))
     return drafter
 
 
@@ -82,9 +94,15 @@ def drafter_offers(config: EngineConfig, vocab_size: int, eos_ids: frozenset[int
     }
 
 
-def make_verifier(name: str, **options: Any) -> Verifier:
-    verifier: Verifier = make("verifier", name, **options)
+def make_verifier(name: str, offers: Mapping[str, Any] | None = None, **options: Any) -> Verifier:
+    """A verifier given its options, and of `offers` (siblings: how each drafter chooses them) what it has a parameter for."""
+    verifier: Verifier = make("verifier", name, **(_wanted("verifier", name, offers) | options))
     return verifier
+
+
+def _wanted(kind: str, name: str, offers: Mapping[str, Any] | None) -> dict[str, Any]:
+    wanted = signature(load(kind, name)).parameters
+    return {key: value for key, value in (offers or {}).items() if key in wanted}
 
 
 def make_policy(name: str, **options: Any) -> Policy:

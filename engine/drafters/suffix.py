@@ -26,6 +26,7 @@ from engine.tree import DraftForest, Verdict
 
 OWN_LEVELS = (1, 4)
 SHARED_LEVELS = (3, 12)
+NEGLIGIBLE = 0.01
 
 # Occurrences that a node of the trie stands for, with their weights; how many tokens it lies below the root; the longest match.
 State = tuple[list[tuple[Occurrence, float]], int, int]
@@ -45,7 +46,8 @@ class SuffixDrafter:
         if matches < 1 or not 0 <= least <= 1 or growth < 1:
             raise ValueError(f"suffix needs matches >= 1, 0 <= least <= 1 and growth >= 1, not {matches}, {least} and {growth}")
         self.matches, self.least = matches, least
-        self._weights = [growth**-i for i in range(LONGEST + 1)]  # by how many tokens shorter than the longest match
+        # By how many tokens shorter than the longest match it is; less than a hundredth does not count.
+        self._weights = [growth**-i for i in range(LONGEST + 1) if growth**-i > NEGLIGIBLE]
         self._reliability = [length / (length + doubt) for length in range(2 * LONGEST + 1)]
         self._memory: SaltedStore[_Memory] = SaltedStore(_Memory, memory_bytes)
         self._readers: dict[int, _Reader] = {}
@@ -87,32 +89,33 @@ class SuffixDrafter:
         if not found:
             return NO_BRANCHES
         longest = max(occurrence.length for occurrence in found)
-        weighted = [(occurrence, self._weights[longest - occurrence.length]) for occurrence in found]
+        lost = len(self._weights)  # tokens by which a match is too much shorter to count
+        weighted = [(o, self._weights[longest - o.length]) for o in found if longest - o.length < lost]
         return grow((weighted, 0, longest), self._children, budget, self.least)
 
     def _children(self, state: State) -> Iterable[tuple[int, float, State]]:
         occurrences, depth, longest = state
         reliability = self._reliability[min(longest + depth, 2 * LONGEST)]
         groups: dict[int, list[tuple[Occurrence, float]]] = {}
-        total = 0.0
         for pair in occurrences:
-            (text, at, _, wraps), weight = pair
+            text, at, _, wraps = pair[0]
             at += depth
             if at >= len(text):
                 if not wraps:
                     continue
-                at -= (at - len(text)) // wraps * wraps + wraps
-            total += weight
-            groups.setdefault(text[at], []).append(pair)
+                at = len(text) - wraps + (at - len(text)) % wraps
+            token = text[at]
+            if token in groups:
+                groups[token].append(pair)
+            else:
+                groups[token] = [pair]
         if len(groups) == 1:
-            (token,) = groups
-            return ((token, reliability, (groups[token], depth + 1, longest)),)
+            ((token, group),) = groups.items()
+            return ((token, reliability, (group, depth + 1, longest)),)
+        shares = {token: sum([weight for _, weight in group]) for token, group in groups.items()}
+        reliability /= sum(shares.values()) or 1
         return [
-            (
-                token,
-                reliability * sum(weight for _, weight in group) / total,
-                (group, depth + 1, max(occurrence.length for occurrence, _ in group)),
-            )
+            (token, reliability * shares[token], (group, depth + 1, max([occurrence.length for occurrence, _ in group])))
             for token, group in groups.items()
         ]
 

@@ -1,0 +1,113 @@
+"""Drafter `aded`: which token followed these two, and how lately, per salt; a tree of the likeliest continuations.
+
+ADED / Adaptix, "Adaptive Draft-Verification for Efficient Large Language Model Decoding" (Liu et al., arXiv 2407.12021). A map of
+pairs of tokens with weighted successors (at most 12) answers with the draft tree; what was committed lately weighs more. The
+map here has no corpus to begin with: it learns prompts and outputs as they are committed. A successor seen again gains 1 and
+the others fade, which is the paper's boost of recent tri-grams (+0.04 a step for those in the last 16 tokens, at most 3) with a
+scale of its own.
+
+What differs further: the paper finds its tree by Monte Carlo tree search (150 rollouts). The value that estimates is the
+probability of a path, which is known here, so the tree is grown best first (engine/growth.py): the same set, in microseconds.
+It never looks further back than two tokens; it asks the target for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+
+from engine.growth import NO_BRANCHES, Branches, forest_of, grow
+from engine.protocols import NO_SIGNALS, Observed, Siblings
+from engine.sequence import Sequence
+from engine.shared_state import Generations, SaltedStore
+from engine.tree import DraftForest, Verdict
+
+MOST_SUCCESSORS = 12
+MOST_WEIGHT = 6.0
+ENTRY_BYTES = 450  # a pair with its successors and its share of the dict; most have one, few have twelve
+
+Pair = tuple[int, int]
+Successors = dict[int, float]
+
+
+class AdedDrafter:
+    """fade: what a pair's other successors keep of their weight when one is seen; doubt: the weight of whatever was not seen;
+    least: nodes whose path is less likely are not drafted. ValueError for numbers that make no sense."""
+
+    name = "aded"
+    needs = NO_SIGNALS
+    siblings = Siblings.POINT
+
+    def __init__(self, memory_bytes: int = 64 << 20, fade: float = 0.7, doubt: float = 0.7, least: float = 0.1) -> None:
+        if not (0 <= fade <= 1 and doubt >= 0 and 0 <= least <= 1):
+            raise ValueError(f"aded needs 0 <= fade <= 1, doubt >= 0 and 0 <= least <= 1, not {fade}, {doubt} and {least}")
+        self.fade, self.doubt, self.least = fade, doubt, least
+        self._maps: SaltedStore[Generations[int, Successors]] = SaltedStore(_generations, memory_bytes)
+        self._read: dict[int, tuple[Sequence, int]] = {}  # by sequence: how many of its tokens were learned
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what outlives the sequences."""
+        return self._maps.num_bytes
+
+    def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+        trees = [self._tree(seq, budget) if budget > 0 else NO_BRANCHES for seq, budget in zip(seqs, budgets, strict=True)]
+        return forest_of([seq.tokens[-1] for seq in seqs], trees, self.name)
+
+    def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
+        """Take in what was committed up to now; this step's own tokens are learned when they have been."""
+        for seq in seqs:
+            self._learn(seq)
+
+    def forget(self, seq_id: int) -> None:
+        known = self._read.get(seq_id)
+        if known is not None:
+            self._learn(known[0])  # what the last step committed
+            del self._read[seq_id]
+
+    def _tree(self, seq: Sequence, budget: int) -> Branches:
+        self._learn(seq)
+        if seq.num_tokens < 2:
+            return NO_BRANCHES
+        map_ = self._maps.get(seq.request.cache_salt)
+        doubt = self.doubt
+
+        def children(pair: Pair) -> Iterable[tuple[int, float, Pair]]:
+            successors = map_.find(_key(*pair))
+            if successors is None:
+                return ()
+            total = sum(successors.values()) + doubt
+            return [(token, weight / total, (pair[1], token)) for token, weight in successors.items()]
+
+        return grow((seq.tokens[-2], seq.tokens[-1]), children, budget, self.least)
+
+    def _learn(self, seq: Sequence) -> None:
+        read = self._read.get(seq.seq_id, (seq, 0))[1]
+        tokens, salt = seq.tokens, seq.request.cache_salt
+        if read == len(tokens):
+            return
+        map_ = self._maps.get(salt)
+        for end in range(max(2, read), len(tokens)):
+            key = _key(tokens[end - 2], tokens[end - 1])
+            map_.put(key, self._boosted(map_.find(key), tokens[end]))
+        self._read[seq.seq_id] = seq, len(tokens)
+        self._maps.settle(salt)
+
+    def _boosted(self, successors: Successors | None, token: int) -> Successors:
+        if successors is None:
+            return {token: 1.0}
+        for other in successors:
+            if other != token:
+                successors[other] *= self.fade
+        successors[token] = min(successors.get(token, 0.0) + 1, MOST_WEIGHT)
+        if len(successors) > MOST_SUCCESSORS:
+            del successors[min(successors, key=lambda other: successors[other])]
+        return successors
+
+
+def _generations(limit: int) -> Generations[int, Successors]:
+    return Generations(limit, ENTRY_BYTES)
+
+
+def _key(before: int, token: int) -> int:
+    return before << 32 | token

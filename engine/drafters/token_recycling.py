@@ -1,0 +1,133 @@
+"""Drafter `token_recycling`: the target's runners-up at a token's last row are guessed the next time the token is seen.
+
+"Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling" (Luo et al., arXiv 2408.08696,
+ACL 2025). A table M holds for each token the k = 8 likeliest tokens of the last row that was judged at it, whether the
+node stood or fell. A draft tree is read out of M: the children of a node with token t are M[t].
+
+What differs from the paper: the tree is no fixed template but grown best first (engine/growth.py) by how often each rank proved
+right, learned as it goes and apart for rows whose preceding token is the same as here and for the others; M is
+kept per salt in bounded memory; where a token was judged more than once in a step its committed node is kept, the last of
+several, else the first drafted. It reads no logits but the ranks of the top k, and knows nothing of longer contexts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from struct import Struct
+
+import numpy as np
+
+from engine.growth import NO_BRANCHES, Branches, forest_of, grow
+from engine.protocols import Observed, Siblings, Signals
+from engine.sequence import Sequence
+from engine.shared_state import Generations, SaltedStore
+from engine.tree import DraftForest, Verdict
+
+TOP = 8
+ROW = Struct(f"={TOP + 1}i")  # the token before, then the likeliest next ones
+ROW_BYTES = 250  # a row as bytes, its key and its share of the dict
+# Before anything was seen, P(the r-th likeliest of the last row is next) and the weight of that: ranks 0 to 7.
+SAME_BEFORE = (0.62, 0.12, 0.05, 0.03, 0.02, 0.01, 0.01, 0.01)
+OTHER_BEFORE = (0.33, 0.1, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01)
+PRIOR = 40.0
+WINDOW = 4000.0  # rows after which the counts are halved
+
+State = tuple[int, int]  # the token before, the token
+
+
+class TokenRecyclingDrafter:
+    """least: nodes whose path is less likely than this are not drafted. ValueError for a number that makes no sense."""
+
+    name = "token_recycling"
+    needs = Signals(top_k=TOP)
+    siblings = Siblings.POINT
+
+    def __init__(self, memory_bytes: int = 64 << 20, least: float = 0.03) -> None:
+        if not 0 <= least <= 1:
+            raise ValueError(f"token_recycling needs 0 <= least <= 1, not {least}")
+        self.least = least
+        self._tables: SaltedStore[_Table] = SaltedStore(_Table, memory_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what outlives the sequences."""
+        return self._tables.num_bytes
+
+    def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+        trees = [self._tree(seq, budget) if budget > 0 else NO_BRANCHES for seq, budget in zip(seqs, budgets, strict=True)]
+        return forest_of([seq.tokens[-1] for seq in seqs], trees, self.name)
+
+    def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
+        """Every judged row of every tree. Raises ValueError when the rows' likeliest tokens are missing."""
+        if signals.top_ids is None:
+            raise ValueError("token_recycling was given no likeliest tokens")
+        top = signals.top_ids[:, :TOP].cpu().numpy().astype(np.int32)
+        tokens, parents, starts = forest.token, forest.parent, forest.start.tolist()
+        for b, seq in enumerate(seqs):
+            salt = seq.request.cache_salt
+            part = forest.nodes(b)
+            before = tokens[part][np.maximum(parents[part], 0)]
+            before[0] = seq.tokens[-2] if seq.num_tokens > 1 else -1
+            rows = np.column_stack((before, top[part]))
+            self._tables.get(salt).learn(tokens[starts[b] : starts[b + 1]].tolist(), rows, verdict.nodes[b], verdict.tokens[b])
+            self._tables.settle(salt)
+
+    def forget(self, seq_id: int) -> None:
+        """It keeps nothing of a sequence."""
+
+    def _tree(self, seq: Sequence, budget: int) -> Branches:
+        table = self._tables.find(seq.request.cache_salt)
+        if table is None:
+            return NO_BRANCHES
+        before = seq.tokens[-2] if seq.num_tokens > 1 else -1
+        return grow((before, seq.tokens[-1]), table.children, budget, self.least)
+
+
+class _Table:
+    """M of one salt, and how often each rank was right: where the token before the row's was the same as here, and elsewhere."""
+
+    def __init__(self, limit: int) -> None:
+        self._rows: Generations[int, bytes] = Generations(limit, ROW_BYTES)
+        self._right = [[p * PRIOR for p in SAME_BEFORE], [p * PRIOR for p in OTHER_BEFORE]]
+        self._seen = [PRIOR, PRIOR]
+
+    @property
+    def num_bytes(self) -> int:
+        return self._rows.num_bytes
+
+    def children(self, state: State) -> Iterable[tuple[int, float, State]]:
+        before, token = state
+        row = self._rows.find(token)
+        if row is None:
+            return ()
+        known_before, *ids = ROW.unpack(row)
+        kind = int(known_before != before)
+        seen = self._seen[kind]
+        return [(child, right / seen, (token, child)) for child, right in zip(ids, self._right[kind], strict=True)]
+
+    def learn(self, tokens: list[int], rows: np.ndarray, path: list[int], verdict: list[int]) -> None:
+        """The rows of one tree; `path` are the nodes that stood and `verdict` what was committed behind the root and them."""
+        stood = [0, *path]
+        for node, truth in zip(stood, verdict, strict=False):
+            self._count(int(rows[node, 0]), tokens[node], truth)
+        # The last writer stays: fallen nodes, the least likely first, then those that stood, in order.
+        packed = rows.tobytes()
+        accepted = set(stood)
+        size = ROW.size
+        for node in [*(i for i in range(len(tokens) - 1, 0, -1) if i not in accepted), *stood]:
+            self._rows.put(tokens[node], packed[node * size : (node + 1) * size])
+
+    def _count(self, before: int, token: int, truth: int) -> None:
+        """What a child of this node would have been worth, by the row as it was."""
+        row = self._rows.find(token)
+        if row is None:
+            return
+        known_before, *ids = ROW.unpack(row)
+        kind = int(known_before != before)
+        self._seen[kind] += 1
+        if truth in ids:
+            self._right[kind][ids.index(truth)] += 1
+        if self._seen[kind] > WINDOW:
+            self._seen[kind] /= 2
+            self._right[kind] = [right / 2 for right in self._right[kind]]
