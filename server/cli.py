@@ -6,24 +6,29 @@ import difflib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from server.config import ServerConfig
+    from server.resolve import ResolvedModel
 
 USAGE = """\
 usage: outrider serve [MODEL] [flags]     serve a model over the OpenAI API (outrider serve --help)
        outrider datastore build FILES... --model MODEL --out FILE
                                          a text for drafter rest to look up (outrider datastore --help)
+       outrider verify-lossless [MODEL]  compare answers with and without speculation (outrider verify-lossless --help)
+       outrider profile [MODEL] [--png FILE] [flags]
+                                         measure what a step costs here (outrider profile --help)
        outrider --version
 """
 
 
 def serve(argv: Sequence[str]) -> int:
     from server.config import ConfigError, parse
-    from server.resolve import resolve
 
     try:
-        config = parse(argv)
-        model = resolve(config.model)
-        if config.draft_model is not None:
-            config = config.model_copy(update={"draft_model": resolve(config.draft_model).path})
+        config, model = located(parse(argv))
     except ValueError as error:
         return fail(str(error), "see outrider serve --help" if isinstance(error, ConfigError) else "")
     setup_logging(config.log_level)
@@ -46,6 +51,43 @@ def datastore(argv: Sequence[str]) -> int:
     return 0
 
 
+def verify_lossless(argv: Sequence[str]) -> int:
+    from server.client import EngineDead
+    from server.config import ConfigError
+    from server.lossless.command import PROG, parse, run
+    from server.supervisor import EngineGoneError
+
+    try:
+        command = parse(argv)
+        config, model = located(command.config)
+    except (ValueError, OSError) as error:
+        return fail(str(error), f"see {PROG} --help" if isinstance(error, ConfigError) else "")
+    setup_logging(config.log_level)
+    try:
+        return run(replace(command, config=config), model, say=lambda line: print(line, flush=True))
+    except (ValueError, OSError, EngineGoneError, EngineDead) as error:
+        return fail(str(error))
+
+
+def located(config: ServerConfig) -> tuple[ServerConfig, ResolvedModel]:
+    """The settings with local paths for their models. Raises ValueError when there is no such model."""
+    from server.resolve import resolve
+
+    model = resolve(config.model)
+    if config.draft_model is not None:
+        config = config.model_copy(update={"draft_model": resolve(config.draft_model).path})
+    return config, model
+
+
+def profile(argv: Sequence[str]) -> int:
+    from server.profile import run
+
+    try:
+        return run(argv)
+    except (ValueError, OSError) as error:
+        return fail(str(error))
+
+
 def version(argv: Sequence[str]) -> int:
     from server.version import VERSION
 
@@ -61,6 +103,8 @@ def usage(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "serve": serve,
     "datastore": datastore,
+    "verify-lossless": verify_lossless,
+    "profile": profile,
     "--version": version,
     "--help": usage,
     "-h": usage,

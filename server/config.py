@@ -10,7 +10,7 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -166,9 +166,10 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
     """One flag per field. Flags that were not given stay absent, so that the other sources can speak."""
-    for name, field in ServerConfig.model_fields.items():
+    for name in names:
+        field = ServerConfig.model_fields[name]
         options: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": _help(field)}
         if name == "model":
             parser.add_argument("model", nargs="?", metavar="MODEL", default=argparse.SUPPRESS, help=options["help"])
@@ -189,14 +190,29 @@ def _help(field: FieldInfo) -> str:
 def parse(argv: Sequence[str], prog: str = "outrider serve") -> ServerConfig:
     """The settings from command line, environment and YAML. Raises ConfigError; --help prints and exits."""
     parser = _Parser(prog=prog, description="Serve a model over the OpenAI API.", allow_abbrev=False)
-    add_flags(parser)
+    add_flags(parser, ServerConfig.model_fields)
+    return settings(parser, argv)[0]
+
+
+def engine_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """For commands that start an engine and serve nobody: the flags that matter to it. More may be added."""
+    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
+    wanted = {*EngineConfig.__struct_fields__, "config", "log_level", "watchdog_timeout"}
+    add_flags(parser, [name for name in ServerConfig.model_fields if name in wanted])
+    return parser
+
+
+def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[ServerConfig, dict[str, Any]]:
+    """The settings from command line, environment and YAML, and the values of flags that are none of ours."""
     flags, unknown = parser.parse_known_args(list(argv))
     if unknown:
         name = unknown[0].split("=")[0]
-        raise ConfigError(f"unknown argument {name}{_close(name, [flag(n) for n in ServerConfig.model_fields])}")
+        known = [option for action in parser._actions for option in action.option_strings]
+        raise ConfigError(f"unknown argument {name}{_close(name, known)}")
     _check_environment()
+    ours = {name: value for name, value in vars(flags).items() if name in ServerConfig.model_fields}
     try:
-        return ServerConfig(**vars(flags))
+        return ServerConfig(**ours), {name: value for name, value in vars(flags).items() if name not in ours}
     except ValidationError as error:
         raise ConfigError(_first(error)) from None
 

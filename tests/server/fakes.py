@@ -69,6 +69,10 @@ class FakeEngineClient:
         self.usage: dict[tuple[str, int], SequenceUsage] = {}
         self.changed = asyncio.Event()  # set whenever a request starts, steps or ends
 
+    async def wait_ready(self) -> EngineInfo:
+        assert self.info is not None
+        return self.info
+
     @property
     def num_inflight(self) -> int:
         return len(self.running)
