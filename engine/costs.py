@@ -40,17 +40,22 @@ class Measurable(Protocol):
 class Costs:
     """`model` is what the policy asks and the engine teaches. An executor that cannot be measured gets a guess."""
 
-    def __init__(self, config: EngineConfig, executor: object, info: EngineInfo, *, seconds: float | None = None) -> None:
-        """Profiles for `seconds` at most (None: as long as a start may take). Does so only where the configuration allows it."""
-        self._file: Path | None = None
-        self._key: dict[str, str] = {}
+    def __init__(
+        self, config: EngineConfig, executor: object, info: EngineInfo, *, seconds: float | None = None, fresh: bool = False
+    ) -> None:
+        """Profiles for `seconds` at most (None: as long as a start may take), where the configuration allows it.
+
+        fresh: what is kept is not read.
+        """
+        self.file: Path | None = None
+        self.key: dict[str, str] = {}
         self.profile = Profile(info)
         if not isinstance(executor, Measurable):
             self.model = CostModel(guess(info))
             return
-        self._key = key(config, info, executor.platform())
-        self._file = cost_store.path(config, self._key)
-        kept = cost_store.load(self._file, self._key)
+        self.key = key(config, info, executor.platform())
+        self.file = cost_store.path(config, self.key)
+        kept = None if fresh else cost_store.load(self.file, self.key)
         if kept is not None:
             self.profile = Profile(info, kept.samples)
             self.profile.complete = kept.complete
@@ -63,18 +68,18 @@ class Costs:
                 # Corrections belong to the points they were learned at; drafters' costs stay.
                 tables = _with_drafts(self.profile.tables(), tables)
             spent, shapes = time.perf_counter() - started, len(self.profile.samples())
-            logger.info("costs profiled: %d shapes known, %.1f s, kept in %s", shapes, spent, self._file)
+            logger.info("costs profiled: %d shapes known, %.1f s, kept in %s", shapes, spent, self.file)
         self.model = CostModel(tables if tables is not None else guess(info))
         if config.profile:
             self.save()
 
     def save(self) -> None:
         """Keep the tables with what was learned since."""
-        if self._file is not None:
+        if self.file is not None:
             kept = CostFile(
-                key=self._key, tables=self.model.tables(), samples=self.profile.samples(), complete=self.profile.complete
+                key=self.key, tables=self.model.tables(), samples=self.profile.samples(), complete=self.profile.complete
             )
-            cost_store.save(self._file, kept)
+            cost_store.save(self.file, kept)
 
 
 def key(config: EngineConfig, info: EngineInfo, platform: dict[str, str]) -> dict[str, str]:

@@ -20,8 +20,8 @@ from engine.probe import Probe, tokens_probe
 from engine.surface import Array, SurfaceTable
 
 REPEATS = 3
-CONTEXT = 512  # tokens: the second point of the context axis
-FAR_CONTEXT = 2048
+CONTEXT = 1024  # tokens: the second point of the context axis. What a context costs grows in proportion from there
+PROMPT = 512  # tokens of the prompt chunk
 COARSE_TOKENS = (1, 16, 4, 8, 32, 64, 2, 128)
 CONTEXT_TOKENS = (1, 16, 64)  # where the cost of context is measured; between them it is interpolated
 CERTAIN = 0.04  # an interval of token counts is not halved when its middle cannot be further off than this
@@ -41,11 +41,10 @@ class Profile:
         self.info = info
         self.seconds: dict[Probe, list[float]] = {s.probe: list(s.seconds) for s in samples or [] if s.seconds}
         self.complete = False
-        block = info.block_size
-        near, far = CONTEXT // block * block, FAR_CONTEXT // block * block
+        context = min(CONTEXT, info.max_model_len // 2) // info.block_size * info.block_size
         coarse = [tokens_probe(tokens) for tokens in COARSE_TOKENS]
-        coarse += [Probe(16, 0, 0), Probe(0, 0, 0, min(CONTEXT, info.max_num_batched_tokens))]
-        coarse += [Probe(1, 0, near), Probe(1, 15, near), Probe(16, 0, near), Probe(4, 15, near), Probe(1, 0, far)]
+        coarse += [Probe(16, 0, 0), Probe(0, 0, 0, min(PROMPT, info.max_num_batched_tokens))]
+        coarse += [Probe(1, 0, context), Probe(1, 15, context), Probe(16, 0, context), Probe(4, 15, context)]
         self.coarse = [probe for probe in dict.fromkeys(coarse) if probe.fits(info)]
 
     def measure(self, run: Callable[[Probe], float], seconds: float, clock: Callable[[], float] = time.perf_counter) -> None:

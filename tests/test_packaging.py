@@ -28,7 +28,7 @@ def canonical(name: str) -> str:
 def test_every_dependency_is_pinned() -> None:
     pinned = {canonical(line.partition("==")[0]) for line in PINS}
     extras = PROJECT["optional-dependencies"]
-    wanted = [*PROJECT["dependencies"], *extras["test"], *extras["dev"]]
+    wanted = [*PROJECT["dependencies"], *extras["test"], *extras["plots"], *extras["dev"]]
     names = {canonical(re.split(r"[\[<>=!~; ]", line)[0]) for line in wanted} - {PROJECT["name"]}
     assert names <= pinned
 
