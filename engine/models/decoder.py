@@ -7,6 +7,7 @@ passed in, so the same model runs with any backend, and two models run side by s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from kernels.reference import rope_, silu_mul
 
 # attend(layer, q [T, H, D], new [T, 2, K, D], scale) -> [T, H * D]: stores the keys and values, then attends.
 Attend = Callable[[int, Tensor, Tensor, float], Tensor]
+
+T = TypeVar("T")  # a layer in whatever form a decoder keeps it
 
 
 class DecoderLayer:
@@ -83,31 +86,42 @@ class Decoder:
         return self.head(self.norm(x))
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Pack every layer as soon as its last tensor has arrived."""
-        config = self.config
-        pending: dict[int, dict[str, Tensor]] = {}
-        layers: dict[int, DecoderLayer] = {}
-        expected = _layer_tensors(config)
-        head: Tensor | None = None
+        self.layers, rest = gather_layers(self.config, self._cast(weights), DecoderLayer)
+        self.embedding = rest["model.embed_tokens.weight"]
+        self.norm = RMSNorm(rest["model.norm.weight"], self.config.rms_norm_eps)
+        head = rest.get("lm_head.weight")
+        self.head = Head(Linear(self.embedding), self.embedding) if head is None else Head(Linear(head), None)
+
+    def _cast(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         for name, tensor in weights:
             weight = tensor.to(device=self.device, dtype=self.dtype)
             self.weight_bytes += weight.numel() * weight.dtype.itemsize
-            if name == "model.embed_tokens.weight":
-                self.embedding = weight
-            elif name == "model.norm.weight":
-                self.norm = RMSNorm(weight, config.rms_norm_eps)
-            elif name == "lm_head.weight":
-                head = weight
-            else:
-                index, part = name.removeprefix("model.layers.").split(".", 1)
-                parts = pending.setdefault(int(index), {})
-                parts[part] = weight
-                if len(parts) == expected:
-                    layers[int(index)] = DecoderLayer(int(index), config, pending.pop(int(index)))
-        if pending or len(layers) != config.num_layers:
-            raise ValueError(f"the checkpoint's layers are incomplete: {sorted(set(range(config.num_layers)) - set(layers))}")
-        self.layers = [layers[i] for i in range(config.num_layers)]
-        self.head = Head(Linear(self.embedding), self.embedding) if head is None else Head(Linear(head), None)
+            yield name, weight
+
+
+def gather_layers(
+    config: ModelConfig, weights: Iterable[tuple[str, Tensor]], make: Callable[[int, ModelConfig, dict[str, Tensor]], T]
+) -> tuple[list[T], dict[str, Tensor]]:
+    """The layers, each made as soon as its last tensor has arrived, so that one plain copy is resident at a time; and the rest.
+
+    Raises ValueError when a layer is incomplete.
+    """
+    pending: dict[int, dict[str, Tensor]] = {}
+    layers: dict[int, T] = {}
+    rest: dict[str, Tensor] = {}
+    expected = _layer_tensors(config)
+    for name, weight in weights:
+        if not name.startswith("model.layers."):
+            rest[name] = weight
+            continue
+        index, part = name.removeprefix("model.layers.").split(".", 1)
+        parts = pending.setdefault(int(index), {})
+        parts[part] = weight
+        if len(parts) == expected:
+            layers[int(index)] = make(int(index), config, pending.pop(int(index)))
+    if pending or len(layers) != config.num_layers:
+        raise ValueError(f"the checkpoint's layers are incomplete: {sorted(set(range(config.num_layers)) - set(layers))}")
+    return [layers[i] for i in range(config.num_layers)], rest
 
 
 def _fused(weights: dict[str, Tensor], names: list[str]) -> Linear:

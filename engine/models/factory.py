@@ -1,6 +1,8 @@
-"""From a path to a model that can run: the native decoder where the architecture allows, transformers' own code elsewhere."""
+"""From a path to a model that can run: a decoder of ours where the architecture allows, transformers' own code elsewhere."""
 
 from __future__ import annotations
+
+import logging
 
 import torch
 
@@ -8,10 +10,13 @@ from engine.config import EngineConfig
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.loader import iter_weights
-from engine.models.runner import Model
+from engine.models.native import NativeDecoder, unavailable
+from engine.models.runner import Model, PagedModel
+
+logger = logging.getLogger(__name__)
 
 
-def load_model(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Model:
+def load_model(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Model | PagedModel:
     """Raises ValueError naming the reason when the checkpoint is damaged or the architecture cannot be served."""
     reason = model.unsupported
     if config.load_format == "transformers" or (config.load_format == "auto" and reason is not None):
@@ -20,4 +25,12 @@ def load_model(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, dev
         return FallbackModel(config.model, model, dtype, device)
     if reason is not None:
         raise ValueError(f"load_format: the native decoder does not serve this model: {reason}")
+    if config.cpu_kernels != "torch":
+        why = unavailable(model, dtype, device)
+        if why is None:
+            return NativeDecoder(model, iter_weights(config.model, model), config.block_size)
+        if config.cpu_kernels == "native":
+            raise ValueError(f"cpu_kernels: the native kernels cannot run this model here: {why}")
+        if device.type == "cpu" and dtype == torch.bfloat16:
+            logger.warning("the native CPU kernels are not used, the model will be slower: %s", why)
     return Decoder(model, iter_weights(config.model, model), dtype, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,6 +24,17 @@ class Model(Protocol):
     def logits(self, x: Tensor) -> Tensor: ...
 
 
+@runtime_checkable
+class PagedModel(Protocol):
+    """A model that reads and writes the KV cache itself: attention and layers in one."""
+
+    weight_bytes: int
+
+    def step(self, batch: ForwardBatch, kv: KVCache, hidden_layers: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]: ...
+
+    def step_logits(self, hidden: Tensor, rows: Tensor) -> Tensor: ...
+
+
 class AttentionBackend(Protocol):
     """Plans once per step, runs once per layer."""
 
@@ -35,11 +46,15 @@ class AttentionBackend(Protocol):
 
 
 class ModelRunner:
-    def __init__(self, model: Model, kv: KVCache, attention: AttentionBackend) -> None:
+    """`attention` serves models that do not bring their own."""
+
+    def __init__(self, model: Model | PagedModel, kv: KVCache, attention: AttentionBackend) -> None:
         self.model, self.kv, self.attention = model, kv, attention
 
     def forward(self, batch: ForwardBatch, hidden_layers: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Hidden states of every fed row [T, C], and those after the named layers; the KV cache has the rows afterwards."""
+        if isinstance(self.model, PagedModel):
+            return self.model.step(batch, self.kv, hidden_layers)
         self.attention.plan(batch)
         layers, run = self.kv.layers, self.attention.run
 
@@ -49,7 +64,9 @@ class ModelRunner:
         return self.model.forward(batch.token_ids, batch.positions, attend, hidden_layers)
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Logits [R, V] of fed rows `rows` [R]."""
+        """Logits [R, V] of fed rows `rows` [R]; the next call may use their memory again."""
+        if isinstance(self.model, PagedModel):
+            return self.model.step_logits(hidden, rows)
         if len(rows) != len(hidden):
             hidden = hidden.index_select(0, rows)
         return self.model.logits(hidden)
@@ -57,6 +74,15 @@ class ModelRunner:
     def node_logits(self, hidden: Tensor, batch: ForwardBatch) -> Tensor:
         """Logits of every node of the draft forest, in node order [nodes, V]."""
         return self.logits(hidden, batch.node_rows)
+
+    @property
+    def backend(self) -> str:
+        return "native" if isinstance(self.model, PagedModel) else self.attention.name
+
+    @property
+    def scratch_slot(self) -> int | None:
+        """Where padding rows are stored; None where rows need no padding."""
+        return None if isinstance(self.model, PagedModel) else self.kv.scratch_slot
 
     @property
     def device(self) -> torch.device:

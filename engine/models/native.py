@@ -1,0 +1,160 @@
+"""The decoder on the CPU's own kernels: a whole step is one call into C (kernels/cpu), attention included.
+
+For bf16 models of the Llama family. Each row's result is the same bits whatever else is in the step, so speculation is invisible
+bit for bit, branched trees included. The residual stream is float32; hidden states are handed out in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.kv import KVCache
+from engine.models.batch import ForwardBatch
+from engine.models.config import ModelConfig
+from engine.models.decoder import gather_layers, rotary_frequencies
+from kernels.cpu import native
+from kernels.cpu.build import Unavailable, library
+
+KEPT_ROWS = 64  # logits of up to as many rows live in one buffer that every step uses again
+
+
+def shape_of(config: ModelConfig, block_size: int) -> native.Shape:
+    return native.Shape(
+        hidden=config.hidden_size,
+        heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
+        size=config.head_dim,
+        inner=config.intermediate_size,
+        vocab=config.vocab_size,
+        eps=config.rms_norm_eps,
+        window=config.sliding_window or 0,
+        block=block_size,
+        scale=config.head_dim**-0.5,
+    )
+
+
+def unavailable(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the native kernels cannot run this model here; None when they can."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return f"they are for bfloat16 on the CPU, not {str(dtype).removeprefix('torch.')} on {device.type}"
+    if (reason := shape_of(config, 16).unsupported) is not None:
+        return f"they have no form for {reason}"
+    try:
+        library()
+    except Unavailable as error:
+        return str(error)
+    return None
+
+
+class NativeDecoder:
+    """Same checkpoints as `Decoder`. Raises ValueError when a weight is missing."""
+
+    def __init__(self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]], block_size: int) -> None:
+        self.config = config
+        self.weight_bytes = 0
+        layers, rest = gather_layers(config, self._counted(weights), _pack_layer)
+        embedding, head = rest["model.embed_tokens.weight"], rest.get("lm_head.weight")
+        inv_freq, scaling = rotary_frequencies(config)
+        angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), inv_freq.float())
+        self.kernels = native.Decoder(
+            threads=native.Threads(torch.get_num_threads()),
+            shape=shape_of(config, block_size),
+            layers=layers,
+            norm=rest["model.norm.weight"].float(),
+            # A tied embedding is read out of the head's panels: one copy.
+            head=native.pack(embedding if head is None else head),
+            embedding=None if head is None else embedding.contiguous(),
+            cos=angles.cos().mul_(scaling),
+            sin=angles.sin().mul_(scaling),
+        )
+        self._kept = torch.empty(0, config.vocab_size)
+
+    def step(self, batch: ForwardBatch, kv: KVCache, hidden_layers: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """Last hidden states [T, C] float32 (before the final norm), and those after the named layers, in bfloat16."""
+        rows = _rows(batch)
+        x: Tensor | None = None
+        begin, hidden = 0, {}
+        for layer in sorted(set(hidden_layers)):
+            x = self.kernels.forward(rows, kv.kv, x, begin, layer + 1)
+            begin, hidden[layer] = layer + 1, x.to(torch.bfloat16)
+        return self.kernels.forward(rows, kv.kv, x, begin), hidden
+
+    def step_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """float32 logits [R, V] of rows [R] of the hidden states; a buffer that the next call may use again."""
+        return self.kernels.logits(hidden, rows.numpy(), self._buffer(len(rows)))
+
+    def _buffer(self, rows: int) -> Tensor:
+        # A fresh tensor of some megabytes is all page faults.
+        if rows > KEPT_ROWS:
+            return torch.empty(rows, self.config.vocab_size)
+        if rows > len(self._kept):
+            self._kept = torch.empty(min(KEPT_ROWS, 2 * rows), self.config.vocab_size)
+        return self._kept[:rows]
+
+    def _counted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            weight = tensor.to(torch.bfloat16)
+            self.weight_bytes += weight.numel() * weight.dtype.itemsize
+            yield name, weight
+
+
+def _pack_layer(index: int, config: ModelConfig, weights: dict[str, Tensor]) -> native.LayerWeights:
+    def optional(name: str) -> Tensor | None:
+        return weights[name].float() if name in weights else None
+
+    def biases(*names: str) -> Tensor | None:
+        found = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
+        if found and len(found) != len(names):
+            raise ValueError(f"only some of {names} have a bias")
+        return native.pad_bias(torch.cat(found)) if found else None
+
+    qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    gate_up_bias = biases("mlp.gate_proj", "mlp.up_proj")
+    if gate_up_bias is not None:  # in the panels' order: 16 gates, their 16 ups
+        gate_up_bias = gate_up_bias.view(2, -1, 16).transpose(0, 1).reshape(-1).contiguous()
+    return native.LayerWeights(
+        input_norm=weights["input_layernorm.weight"].float(),
+        post_norm=weights["post_attention_layernorm.weight"].float(),
+        q_norm=optional("self_attn.q_norm.weight"),
+        k_norm=optional("self_attn.k_norm.weight"),
+        qkv=native.pack(torch.cat([weights[f"{name}.weight"] for name in qkv])),
+        out=native.pack(weights["self_attn.o_proj.weight"]),
+        gate_up=native.pack(weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"]),
+        down=native.pack(weights["mlp.down_proj.weight"]),
+        qkv_bias=biases(*qkv),
+        out_bias=biases("self_attn.o_proj"),
+        gate_up_bias=gate_up_bias,
+        down_bias=biases("mlp.down_proj"),
+    )
+
+
+def _rows(batch: ForwardBatch) -> native.Rows:
+    total = batch.num_tokens
+    first = np.zeros(len(batch.num_rows) + 1, dtype=np.int32)
+    np.cumsum(batch.num_rows, out=first[1:])
+    tables = batch.block_tables
+    table_first = np.zeros(len(tables), dtype=np.int32)
+    np.cumsum([len(table) for table in tables[:-1]], out=table_first[1:])
+    masks = [mask for mask in batch.ancestors if mask is not None]
+    tree_first = np.full(len(tables), -1, dtype=np.int64)
+    offset = 0
+    if masks:
+        for b, mask in enumerate(batch.ancestors):
+            if mask is not None:
+                tree_first[b] = offset
+                offset += mask.size
+    return native.Rows(
+        tokens=batch.token_ids[:total].numpy().astype(np.int32),
+        positions=batch.positions[:total].numpy().astype(np.int32),
+        slots=batch.slots[:total].numpy(),
+        first=first,
+        context=np.array(batch.context_lens, dtype=np.int32),
+        tables=np.array([block for table in tables for block in table], dtype=np.int32),
+        table_first=table_first,
+        trees=np.concatenate([mask.reshape(-1) for mask in masks]).astype(np.uint8) if masks else np.zeros(1, dtype=np.uint8),
+        tree_first=tree_first,
+    )
