@@ -73,7 +73,7 @@ class DraftRunner:
     def forward(self, seqs: Seq[Sequence], rows: Seq[Row], forest: DraftForest, trees: Seq[int]) -> Tensor:
         """Feed rows and forest as the target's step does (ForwardBatch.build); float32 logits [nodes of the forest, V]."""
         runner = self._runner
-        batch = ForwardBatch.build(seqs, rows, forest, trees, self.block_size, self._device, runner.kv.scratch_slot)
+        batch = ForwardBatch.build(seqs, rows, forest, trees, self.block_size, self._device, runner.scratch_slot)
         hidden, _ = runner.forward(batch)
         logits = runner.node_logits(hidden, batch).float()
         missing = self.vocab_size - logits.shape[1]

@@ -73,7 +73,7 @@ class Worker:
             max_model_len=self.memory.max_model_len,
             dtype=str(dtype).removeprefix("torch."),
             device=str(self.device),
-            backend=self.runner.attention.name,
+            backend=self.runner.backend,
             drafters=[d.name for d in drafters],
             verifier=self.verifier.name,
             lossless=self.verifier.lossless,
@@ -118,7 +118,7 @@ class Worker:
         forest = choice.forest
         clock.append(time.perf_counter())
 
-        block_size, scratch = self.config.block_size, self.kv.scratch_slot
+        block_size, scratch = self.config.block_size, self.runner.scratch_slot
         batch = ForwardBatch.build(seqs, plan.rows, forest, trees, block_size, self.device, scratch)
         needs = self.drafting.needs
         hidden, layers = self.runner.forward(batch, needs.hidden_layers)
