@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from pathlib import Path
 
-from engine.continuations import Branches, forest, most_frequent
+from engine.continuations import most_frequent
 from engine.datastore import Datastore
+from engine.growth import NO_BRANCHES, Branches, forest_of
 from engine.protocols import NO_SIGNALS, Observed, Siblings
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
@@ -56,7 +57,7 @@ class RestDrafter:
 
     def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
         branches = [self._branches(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
-        return forest([seq.tokens[-1] for seq in seqs], branches, self.name)
+        return forest_of([seq.tokens[-1] for seq in seqs], branches, self.name)
 
     def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
         """The committed tokens are all it looks at; `draft` reads them."""
@@ -66,9 +67,9 @@ class RestDrafter:
 
     def _branches(self, seq: Sequence, budget: int) -> Branches:
         if budget < 1:
-            return Branches.none()
+            return NO_BRANCHES
         found = self.datastore.find(seq.tokens, self.longest, self.shortest)
         if not found.length:
-            return Branches.none()
+            return NO_BRANCHES
         rows = self.datastore.continuations(found, self.depth, self.matches)
         return most_frequent(rows, budget, doubt=self.doubt / found.length, floor=self.floor)
