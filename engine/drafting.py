@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from engine.fusion import Tree, forest_of, fuse
-from engine.protocols import NO_SIGNALS, Drafter, Load, Observed, Policy, Siblings, Signals
+from engine.protocols import NO_SIGNALS, CatchesUp, Drafter, Load, Observed, Policy, Siblings, Signals
 from engine.resting import Bench
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
@@ -58,6 +58,7 @@ class Drafting:
         self._fallbacks: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
         self._benches = {id(d): Bench() for d in self.drafters}
+        self._catching = {id(d): d for d in self.drafters if isinstance(d, CatchesUp)}
 
     def draft(self, seqs: Seq[Sequence], budgets: Seq[int], policy: Policy | None = None, load: Load = NO_LOAD) -> DraftForest:
         """One tree per sequence, rooted at its last committed token, at most budgets[b] nodes below the root."""
@@ -123,13 +124,15 @@ class Drafting:
         finally:
             seconds = self._clock() - started
             self._seconds[drafter.name] = self._seconds.get(drafter.name, 0.0) + seconds
-            slow = self._took(drafter, seconds)
+            caught_up = self._catching[id(drafter)].take_catch_up() if id(drafter) in self._catching else 0.0
+            slow = self._took(drafter, seconds - caught_up)
         if reason:
             self._fallbacks[reason] += 1
         if reason or slow:
             return None
         depth = int(forest.depth.max(initial=0))
-        policy.drafted(drafter.name, len(seqs), max(depth, 1), seconds)
+        if not caught_up:
+            policy.drafted(drafter.name, len(seqs), max(depth, 1), seconds)
         if not depth:
             return None
         forest.estimate = policy.estimate(drafter.name, seqs, forest)

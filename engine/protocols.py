@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Literal, Protocol, overload
+from typing import TYPE_CHECKING, Literal, Protocol, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,24 @@ class Drafter(Protocol):
     def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None: ...
 
     def forget(self, seq_id: int) -> None: ...
+
+
+@runtime_checkable
+class CatchesUp(Protocol):
+    """A drafter with a state of its own that falls behind while it is not asked, and catches up, within limits, when it is.
+
+    `costly`: every depth of a draft costs a forward, so that whether to draft has to be decided before.
+    """
+
+    costly: bool
+
+    def backlog(self, seq: Sequence) -> int:
+        """Committed tokens that it has to read before it can draft for this sequence, the root not counted."""
+        ...
+
+    def take_catch_up(self) -> float:
+        """Seconds of the last `draft` that went into catching up: no price of its depth, and no sign of one that hangs."""
+        ...
 
 
 class Verifier(Protocol):

@@ -17,6 +17,8 @@ It is not self-speculation: nothing of the target's activations is used, and eve
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from itertools import groupby
 from operator import itemgetter
@@ -33,6 +35,7 @@ from engine.draft_tree import DraftTree
 from engine.gumbel_max import Address
 from engine.gumbel_top import gumbel_top
 from engine.kv_ledger import KVLedger
+from engine.pace import Pace
 from engine.plan import Row
 from engine.protocols import NO_SIGNALS, Observed, Siblings
 from engine.sequence import Sequence
@@ -60,8 +63,8 @@ class DraftModel(Protocol):
 class DraftModelDrafter:
     """accepts: the kinds of siblings that the verifier is exact for; `siblings`: the kind to draw, by default the best of these.
     branches: children per node (1 where a verifier judges no more of sampled ones); width: nodes fed per forward and sequence;
-    least: paths less likely are not followed any further; catch_up: tokens fed in one step before drafts begin, all sequences
-    together.
+    least: paths less likely are not followed any further; catch_up: most tokens fed in one step before drafts begin, all
+    sequences together, and catch_up_seconds: about how long that may take.
 
     Raises ValueError without a model and for options that make no sense.
     """
@@ -81,6 +84,8 @@ class DraftModelDrafter:
         width: int = 1,
         least: float = 0.05,
         catch_up: int = 512,
+        catch_up_seconds: float = 0.1,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if draft_model is None:
             raise ValueError("drafters: draft_model needs a second model: --draft-model PATH")
@@ -92,7 +97,9 @@ class DraftModelDrafter:
         self.siblings = _kind(siblings, accepts)
         self.eos_ids = eos_ids
         self.branches = 1 if chains_only and self.siblings is not Siblings.COUPLED else branches
-        self.width, self.least, self.catch_up = width, least, catch_up
+        self.width, self.least = width, least
+        self._pace, self._clock = Pace(catch_up, catch_up_seconds), clock
+        self._caught_up = 0.0
         self._model = draft_model
         self._ledger = KVLedger(draft_model.block_size)
         self._texts: dict[int, DraftText] = {}
@@ -120,6 +127,11 @@ class DraftModelDrafter:
     def forget(self, seq_id: int) -> None:
         self._texts.pop(seq_id, None)
         self._laws.pop(seq_id, None)
+
+    def take_catch_up(self) -> float:
+        """Seconds of the last `draft` in which tokens were caught up; 0 where it read no more than a verdict."""
+        taken, self._caught_up = self._caught_up, 0.0
+        return taken
 
     def backlog(self, seq: Sequence) -> int:
         """Committed tokens that have to be fed before a draft of this sequence can begin, its root not counted."""
@@ -153,7 +165,7 @@ class DraftModelDrafter:
 
     def _read(self, guesses: list[Guess]) -> tuple[Tensor, list[Guess]]:
         """Feed what was committed since the last draft, within limits; logits [M, V] of the roots of those who are up to date."""
-        left = self.catch_up
+        left = self._pace.limit
         shares: list[tuple[Guess, int]] = []
         for guess in sorted(guesses, key=lambda guess: guess.text.backlog):
             share = guess.text.backlog
@@ -175,7 +187,12 @@ class DraftModelDrafter:
             rows.append(Row(text.seq.seq_id, text.valid, share, 0, [], False))
             self._ledger.strike(text.view.block_ids, text.valid, text.valid + share)
         forest = DraftForest.roots([guess.text.view.tokens[-1] for guess in ready])
+        started = self._clock()
         logits = self._model.forward([guess.text.view for guess, _ in shares], rows, forest, trees)
+        behind = sum(share for _, share in shares if share > NEAR)
+        if behind:
+            self._caught_up = self._clock() - started
+            self._pace.took(behind, self._caught_up)
         for (guess, share), row in zip(shares, rows, strict=True):
             guess.text.fed(row.num_computed, row.num_computed + share)
         return logits, ready
