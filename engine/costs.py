@@ -32,6 +32,10 @@ class Measurable(Protocol):
         """What its speed depends on besides model and configuration: device, threads, versions of the libraries."""
         ...
 
+    def tier(self, tokens: int) -> int:
+        """How many rows a step of so many tokens is really run with, where it is padded."""
+        ...
+
     def probe(self, probe: Probe) -> float:
         """Seconds of one step of this shape, drafting apart. Runs on every rank; rank 0 tells the time."""
         ...
@@ -69,7 +73,7 @@ class Costs:
                 tables = _with_drafts(self.profile.tables(), tables)
             spent, shapes = time.perf_counter() - started, len(self.profile.samples())
             logger.info("costs profiled: %d shapes known, %.1f s, kept in %s", shapes, spent, self.file)
-        self.model = CostModel(tables if tables is not None else guess(info))
+        self.model = CostModel(tables if tables is not None else guess(info), executor.tier)
         if config.profile:
             self.save()
 

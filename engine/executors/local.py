@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine import machine
 from engine.config import EngineConfig
+from engine.models.batch import padded_rows
 from engine.plan import StepPlan, StepResult
 from engine.probe import Probe, run_probe
 from engine.protocols import Policy
@@ -25,6 +26,9 @@ class LocalExecutor:
 
     def platform(self) -> dict[str, str]:
         return machine.describe(self._worker.device)
+
+    def tier(self, tokens: int) -> int:
+        return tokens if self._worker.runner.scratch_slot is None else padded_rows(tokens)
 
     def probe(self, probe: Probe) -> float:
         return run_probe(self._worker, probe)

@@ -60,6 +60,9 @@ class Machine:
     def platform(self) -> dict[str, str]:
         return {"device": "a machine"}
 
+    def tier(self, tokens: int) -> int:
+        return tokens
+
 
 def profiled(machine: Machine, seconds: float, profile: Profile | None = None) -> Profile:
     profile = profile or Profile(INFO)
