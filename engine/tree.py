@@ -119,6 +119,23 @@ class DraftForest:
             None if self.estimate is None else self.estimate[kept],
         )
 
+    def select(self, trees: Sequence[int]) -> DraftForest:
+        """The forest of these trees, in this order, over the same laws."""
+        nodes = np.concatenate([np.arange(self.start[b], self.start[b + 1]) for b in trees])
+        start = np.cumsum([0] + [self.size(b) for b in trees], dtype=np.int32)
+        return DraftForest(
+            self.token[nodes],
+            self.parent[nodes],
+            self.depth[nodes],
+            start,
+            [self.drafter[b] for b in trees] if self.drafter else [],
+            None if self.confidence is None else self.confidence[nodes],
+            self.law,
+            None if self.law_row is None else self.law_row[nodes],
+            None if self.node_drafter is None else [self.node_drafter[i] for i in nodes],
+            None if self.estimate is None else self.estimate[nodes],
+        )
+
     @classmethod
     def from_chains(
         cls, roots: Sequence[int], chains: Iterable[Sequence[int]], drafter: Sequence[str] | None = None
