@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 
 def percentile(values: Sequence[float], p: float) -> float:
@@ -53,6 +54,7 @@ class Answer:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     accepted_prediction_tokens: int = 0
+    speculation: dict[str, Any] = field(default_factory=dict)  # the server's own account, where it was asked for one
     text: str = ""
     finish_reason: str | None = None
     error: str | None = None

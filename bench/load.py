@@ -137,6 +137,8 @@ def _read_event(answer: Answer, arrived: float, event: dict[str, Any]) -> None:
         answer.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         details = usage.get("completion_tokens_details") or {}
         answer.accepted_prediction_tokens = details.get("accepted_prediction_tokens") or 0
+    if metrics := event.get("metrics"):
+        answer.speculation = metrics.get("speculative_decoding") or {}
     for choice in event.get("choices", []):
         delta = choice.get("delta") or {}
         text = (delta.get("content") or "") + (delta.get("reasoning_content") or "")

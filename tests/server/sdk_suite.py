@@ -177,6 +177,38 @@ class SdkSuite:
         assert answer.usage is not None
         assert answer.usage.completion_tokens == 4
 
+    async def test_speculation_can_be_chosen_and_changes_nothing(self, sdk: AsyncOpenAI, model: str) -> None:
+        options: Any = {"model": model, "messages": MESSAGES, "seed": 4, "max_tokens": 24, "temperature": 0.9}
+        answers = {}
+        for choice in ("off", None, {"drafter": "ngram", "max_nodes": 3}, {"drafter": ["ngram", "prediction"], "max_nodes": 8}):
+            extra = {"speculation": choice, "include_speculation": True}
+            answer = await sdk.chat.completions.create(**options, extra_body=extra)
+            report = answer.model_extra["metrics"]["speculative_decoding"]  # type: ignore[index]  # ours, beyond OpenAI's
+            assert answer.usage is not None
+            answers[str(choice)] = (answer.choices[0].message.content, answer.usage.completion_tokens)
+            assert report["lossless"] is True
+            assert 0 < report["num_spec_steps"] <= answer.usage.completion_tokens
+            assert 0 <= report["num_accepted_draft_tokens"] <= report["num_draft_tokens"]
+            if choice == "off":
+                assert (report["num_draft_tokens"], report["num_spec_tokens"]) == (0, 0)
+                assert report["num_spec_steps"] == answer.usage.completion_tokens or answer.choices[0].finish_reason == "stop"
+            elif choice is not None:
+                assert report["num_spec_tokens"] == choice["max_nodes"]
+                assert set(report["drafters"]) <= {"ngram", "prediction"}
+        assert len(set(answers.values())) == 1
+
+    async def test_a_stream_reports_on_speculation_at_its_end(self, sdk: AsyncOpenAI, model: str) -> None:
+        options: Any = {"model": model, "messages": MESSAGES, "seed": 4, "max_tokens": 12, "stream": True}
+        for more in ({}, {"stream_options": {"include_usage": True}}):
+            stream = await sdk.chat.completions.create(**options, **more, extra_body={"include_speculation": True})
+            chunks = [chunk async for chunk in stream]
+            reports = [(chunk.model_extra or {}).get("metrics") for chunk in chunks]
+            assert reports[:-1] == [None] * (len(chunks) - 1)
+            assert reports[-1] is not None
+            assert reports[-1]["speculative_decoding"]["num_spec_steps"] > 0
+        completions = await sdk.completions.create(model=model, prompt="One, two", extra_body={"include_speculation": True})
+        assert (completions.model_extra or {})["metrics"]["speculative_decoding"]["lossless"] is True
+
     async def test_errors_raise_the_right_exceptions(self, sdk: AsyncOpenAI, base_url: str, model: str) -> None:
         create = sdk.chat.completions.create
         with pytest.raises(openai.BadRequestError) as bad:
@@ -188,6 +220,9 @@ class SdkSuite:
         with pytest.raises(openai.BadRequestError) as unknown:
             await create(model=model, messages=MESSAGES, extra_body={"surprise": 1})
         assert unknown.value.param == "surprise"
+        with pytest.raises(openai.BadRequestError) as drafter:
+            await create(model=model, messages=MESSAGES, extra_body={"speculation": {"drafter": "crystal ball"}})
+        assert drafter.value.param == "speculation.drafter"
         with pytest.raises(openai.BadRequestError) as long:
             await sdk.completions.create(model=model, prompt="word " * 200_000)
         assert long.value.code == "context_length_exceeded"
