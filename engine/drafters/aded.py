@@ -9,6 +9,16 @@ scale of its own.
 What differs further: the paper finds its tree by Monte Carlo tree search (150 rollouts). The value that estimates is the
 probability of a path, which is known here, so the tree is grown best first (engine/growth.py): the same set, in microseconds.
 It never looks further back than two tokens; it asks the target for nothing.
+
+Replayed on SmolLM2-135M's answers to 26 of our prompts (26 greedy, 52 at T = 0.7, 96 tokens at most; `bench.replay`), budget
+8, starting from nothing, tokens per step / drafted per step / accepted:
+
+    doubt  least    greedy             T = 0.7            greedy, asked again
+     0.7    0.1     1.81  2.4  34%     1.59  2.6  23%     3.78  6.3  44%
+     0.4    0.05    1.89  3.2  28%     1.60  3.1  20%     4.05  7.6  40%
+     1.5    0.1     1.67  1.6  42%     1.54  1.8  29%     3.21  4.3  51%
+
+fade 0.5 to 0.9 changes nothing that could be told from chance. A draft takes 15 to 30 us, learning 5 us a step.
 """
 
 from __future__ import annotations
@@ -38,7 +48,7 @@ class AdedDrafter:
     needs = NO_SIGNALS
     siblings = Siblings.POINT
 
-    def __init__(self, memory_bytes: int = 64 << 20, fade: float = 0.7, doubt: float = 0.7, least: float = 0.1) -> None:
+    def __init__(self, memory_bytes: int = 64 << 20, fade: float = 0.7, doubt: float = 0.4, least: float = 0.05) -> None:
         if not (0 <= fade <= 1 and doubt >= 0 and 0 <= least <= 1):
             raise ValueError(f"aded needs 0 <= fade <= 1, doubt >= 0 and 0 <= least <= 1, not {fade}, {doubt} and {least}")
         self.fade, self.doubt, self.least = fade, doubt, least

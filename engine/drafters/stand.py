@@ -10,6 +10,18 @@ What differs further: the tree is no fixed shape found in advance but grown best
 the 8 likeliest tokens (the paper: 10); the table is kept per salt in bounded memory. Samples of one prompt share what they
 learn. It knows what the target thought of n-grams, not what texts said: an n-gram that was only read in a prompt is
 unknown to it.
+
+Replayed on SmolLM2-135M's answers to 26 of our prompts (26 greedy, 52 at T = 0.7, 96 tokens at most; `bench.replay`, which
+knows no rows of fallen nodes), budget 8, starting from an empty table, tokens per step:
+
+                          greedy   T = 0.7   greedy, asked again
+    as it is               1.40      1.72      5.37
+    without the noise      1.40      1.68      5.37
+    2-grams at most        1.38      1.67      3.91
+    4-grams at most        1.40      1.72      6.06
+
+So the shared noise is worth 2% there (in the paper Gumbel-top-k brought 10%). A draft takes 30 us greedy and 100 us with noise,
+learning 40 to 100 us a step; 4-grams would cost a third more memory.
 """
 
 from __future__ import annotations
@@ -20,7 +32,6 @@ from collections.abc import Sequence as Seq
 from struct import Struct
 
 import numpy as np
-import torch
 
 from engine.growth import NO_BRANCHES, Branches, forest_of, grow
 from engine.noise import word
@@ -67,7 +78,7 @@ class StandDrafter:
         if signals.top_ids is None or signals.top_logits is None:
             raise ValueError("stand was given no likeliest tokens")
         ids = signals.top_ids[:, :TOP].cpu().numpy().astype(np.int32)
-        odds = torch.softmax(signals.top_logits[:, :TOP].float(), -1).cpu().numpy()
+        odds = _softmax(signals.top_logits[:, :TOP].float().cpu().numpy())
         packed = np.column_stack((ids, odds.view(np.int32), np.ones(len(ids), np.float32).view(np.int32))).tobytes()
         tokens, parents, starts = forest.token.tolist(), forest.parent.tolist(), forest.start.tolist()
         for b, seq in enumerate(seqs):
@@ -135,6 +146,13 @@ class _Guess:
             bits = word(seq.params.seed, seq.sample_index, seq.num_output + depth, token) >> 8
             known = self._noise[depth, token] = -1 / math.log((bits + 0.5) * 2.0**-24)
         return known
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Of each row, float32. In numpy: a torch call for a few numbers may wake a thread for it."""
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: np.ndarray = odds / odds.sum(axis=1, keepdims=True)
+    return shares
 
 
 def _generations(limit: int) -> Generations[Tail, bytes]:

@@ -2,13 +2,26 @@
 
 SuffixDecoding (Oliaro et al., "SuffixDecoding: Extreme Speculative Decoding for Emerging AI Applications", arXiv 2411.04975).
 Two places are searched: the sequence's own text (prompt and output), and the outputs of all sequences of the same salt, past
-and running, each behind the last tokens of its prompt, so that the first token of an answer asked for again is found as well. The
-continuations of the matches form a trie; a node's confidence is the share of its parent's matches that go its way, each
-counted 4 times for every token that it matches longer, times how often a match of that length proves right. The nodes
-with the likeliest paths are drafted: a chain where the matches agree, a tree where they do not.
+and running, each behind the last tokens of its prompt; a prompt asked again word for word finds its answers before their first
+token. The continuations of the matches form a trie. A node's confidence is the share of its parent's matches that go its
+way (a match longer by a token counts twice) times how often a match of that length proved right. The nodes with the
+likeliest paths are drafted: a chain where the matches agree, a tree where they do not.
 
 It is not the paper's suffix tree: hash chains (engine/suffix_index.py) see the latest occurrences only, and the paper's
 count ratio and its limit of a draft to a multiple of the match are one number here.
+
+Replayed on SmolLM2-135M's answers to 26 of our prompts (26 greedy, 52 at T = 0.7, 96 tokens at most; `bench.replay`),
+starting from nothing, tokens per step / drafted per step / accepted:
+
+    budget  least   greedy             T = 0.7            greedy, asked again
+       8    0.02    2.14  4.6  25%     1.75  4.3  17%      8.13   7.6  94%
+       8    0.05    2.05  3.3  32%     1.69  3.0  23%      8.13   7.6  94%
+       8    0.1     1.99  2.2  45%     1.62  2.0  31%      8.13   7.6  94%
+      32    0.05    2.19  4.9  24%     1.74  4.8  15%     23.1   27.5  80%
+       8    (ngram) 1.90  1.7  53%     1.49  1.3  38%      1.90   1.7  53%
+
+Nothing else matters as much: 4 or 16 matches, growth 1.5 or 4, other levels move tokens per step by less than 2%, but own matches
+must begin at one token (at two: 1.94 greedy, 1.57 sampled). A draft takes 35 us, 65 to 140 us for long ones, learning 5 us.
 """
 
 from __future__ import annotations
@@ -27,6 +40,10 @@ from engine.tree import DraftForest, Verdict
 OWN_LEVELS = (1, 4)
 SHARED_LEVELS = (3, 12)
 NEGLIGIBLE = 0.01
+# How often the continuation of a match of 1, 2, 3, ... tokens proved right where all matches agreed (same recording, greedy and
+# T = 0.7 alike up to 8 tokens; from 12 on 0.98 and 0.89), and what is left of that where they did not.
+RELIABILITY = [0.33, 0.58, 0.71, 0.74, 0.78, 0.85, 0.85, 0.87, 0.88, 0.9, 0.92, *(0.94 + 0.002 * i for i in range(21))]
+DISAGREEMENT = 0.6
 
 # Occurrences that a node of the trie stands for, with their weights; how many tokens it lies below the root; the longest match.
 State = tuple[list[tuple[Occurrence, float]], int, int]
@@ -40,15 +57,12 @@ class SuffixDrafter:
     needs = NO_SIGNALS
     siblings = Siblings.POINT
 
-    def __init__(
-        self, memory_bytes: int = 64 << 20, matches: int = 8, least: float = 0.1, growth: float = 4.0, doubt: float = 1.0
-    ) -> None:
+    def __init__(self, memory_bytes: int = 64 << 20, matches: int = 8, least: float = 0.05, growth: float = 2.0) -> None:
         if matches < 1 or not 0 <= least <= 1 or growth < 1:
             raise ValueError(f"suffix needs matches >= 1, 0 <= least <= 1 and growth >= 1, not {matches}, {least} and {growth}")
         self.matches, self.least = matches, least
         # By how many tokens shorter than the longest match it is; less than a hundredth does not count.
         self._weights = [growth**-i for i in range(LONGEST + 1) if growth**-i > NEGLIGIBLE]
-        self._reliability = [length / (length + doubt) for length in range(2 * LONGEST + 1)]
         self._memory: SaltedStore[_Memory] = SaltedStore(_Memory, memory_bytes)
         self._readers: dict[int, _Reader] = {}
 
@@ -95,7 +109,7 @@ class SuffixDrafter:
 
     def _children(self, state: State) -> Iterable[tuple[int, float, State]]:
         occurrences, depth, longest = state
-        reliability = self._reliability[min(longest + depth, 2 * LONGEST)]
+        reliability = RELIABILITY[min(longest + depth, len(RELIABILITY)) - 1]
         groups: dict[int, list[tuple[Occurrence, float]]] = {}
         for pair in occurrences:
             text, at, _, wraps = pair[0]
@@ -113,7 +127,7 @@ class SuffixDrafter:
             ((token, group),) = groups.items()
             return ((token, reliability, (group, depth + 1, longest)),)
         shares = {token: sum([weight for _, weight in group]) for token, group in groups.items()}
-        reliability /= sum(shares.values()) or 1
+        reliability *= DISAGREEMENT / (sum(shares.values()) or 1)
         return [
             (token, reliability * shares[token], (group, depth + 1, max([occurrence.length for occurrence, _ in group])))
             for token, group in groups.items()

@@ -8,6 +8,16 @@ What differs from the paper: the tree is no fixed template but grown best first 
 right, learned as it goes and apart for rows whose preceding token is the same as here and for the others; M is
 kept per salt in bounded memory; where a token was judged more than once in a step its committed node is kept, the last of
 several, else the first drafted. It reads no logits but the ranks of the top k, and knows nothing of longer contexts.
+
+Replayed on SmolLM2-135M's answers to 26 of our prompts (26 greedy, 52 at T = 0.7, 96 tokens at most; `bench.replay`, which
+knows no rows of fallen nodes), budget 8, starting from an empty table, tokens per step / drafted per step:
+
+    least    greedy       T = 0.7      greedy, asked again
+    0.01     1.42  4.9    1.56  5.7    1.84  7.6
+    0.03     1.39  3.9    1.53  4.5    1.80  6.1
+    0.06     1.35  2.5    1.46  2.8    1.71  3.6
+
+A draft takes 15 to 20 us, learning 15 us a step.
 """
 
 from __future__ import annotations
@@ -43,7 +53,7 @@ class TokenRecyclingDrafter:
     needs = Signals(top_k=TOP)
     siblings = Siblings.POINT
 
-    def __init__(self, memory_bytes: int = 64 << 20, least: float = 0.03) -> None:
+    def __init__(self, memory_bytes: int = 64 << 20, least: float = 0.02) -> None:
         if not 0 <= least <= 1:
             raise ValueError(f"token_recycling needs 0 <= least <= 1, not {least}")
         self.least = least
