@@ -24,6 +24,7 @@ from engine.row_result import row_result
 from engine.sequence import Sequence
 from engine.target_law import TargetLaw
 from engine.tree import Verdict
+from engine.verification import Verification
 
 PROMPT_LOGPROB_ROWS = 128  # prompt rows whose logits are held at once: 128 * 150k * 4 B = 77 MB
 NOT_FINITE = "the model produced logits that are not finite for this request"
@@ -48,8 +49,7 @@ class Worker:
         draft_model = self._draft_model(dtype)
         offers = registry.drafter_offers(config, self.model_config.vocab_size, eos_ids, draft_model)
         drafters = [registry.make_drafter(name, offers) for name in config.drafters]
-        self.verifier = registry.make_verifier(config.verifier)
-        registry.check_pairing(drafters, self.verifier)
+        self.verification = Verification(config, drafters)
         model = load_model(config, self.model_config, dtype, self.device)
         if draft_model is not None:
             draft_model.load()
@@ -75,8 +75,9 @@ class Worker:
             device=str(self.device),
             backend=self.runner.backend,
             drafters=[d.name for d in drafters],
-            verifier=self.verifier.name,
-            lossless=self.verifier.lossless,
+            verifier=self.verification.default.name,
+            verifiers=self.verification.names,
+            lossless=self.verification.default.lossless,
             policy=config.policy,
             budget=config.budget,
             weight_bytes=self.memory.weight_bytes,
@@ -110,7 +111,7 @@ class Worker:
         for tree, i in enumerate(judged):
             trees[i] = tree
         tree_seqs = [seqs[i] for i in judged]
-        load = self._load(plan, seqs, len(judged))
+        load = self._load(plan, seqs, tree_seqs)
         forest = self.drafting.draft(tree_seqs, [plan.rows[i].budget for i in judged], self.policy, load)
         draft_seconds = self.drafting.take_seconds()
         load = replace(load, draft_seconds=sum(draft_seconds.values()))
@@ -127,7 +128,7 @@ class Worker:
 
         scores = self.target_law(logits, tree_seqs, forest)
         clock.append(time.perf_counter())
-        verdict = self.verifier.verify(forest, scores, tree_seqs)
+        verdict = self.verification.verify(forest, scores, tree_seqs)
         clock.append(time.perf_counter())
 
         self.policy.learn(tree_seqs, forest, verdict)
@@ -167,14 +168,14 @@ class Worker:
             seq.num_computed = row.num_computed
         return seqs
 
-    def _load(self, plan: StepPlan, seqs: list[Sequence], num_judged: int) -> Load:
+    def _load(self, plan: StepPlan, seqs: list[Sequence], judged: list[Sequence]) -> Load:
         return Load(
-            prefill_tokens=sum(row.num_new for row in plan.rows) - num_judged,
+            prefill_tokens=sum(row.num_new for row in plan.rows) - len(judged),
             free_blocks=0,  # the budgets have them already
             block_size=self.config.block_size,
             context_tokens=sum(row.num_computed for row in plan.rows),
             sequences=len(seqs),
-            trims=self.verifier.anticipates,
+            trims=self.verification.anticipates(judged),
         )
 
     def _signals(self, logits: torch.Tensor, layers: dict[int, torch.Tensor], scores: torch.Tensor, num_rows: int) -> Observed:
