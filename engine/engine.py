@@ -7,9 +7,10 @@ import time
 
 from engine.blocks import BlockPool, IntegrityError
 from engine.config import EngineConfig
+from engine.costs import Costs
 from engine.messages import EngineStats, TokenDelta
 from engine.protocols import Executor
-from engine.registry import make_policy
+from engine.registry import make_policy, wants_cost
 from engine.request import Request
 from engine.scheduler import Scheduler
 from engine.stats import StatsRecorder
@@ -31,7 +32,15 @@ class Engine:
         self.config = config
         self.executor = executor
         self.info = info
-        self.policy = make_policy(config.policy, budget=config.budget)
+        self.costs = Costs(config, executor, info) if wants_cost(config.policy) else None
+        self.policy = make_policy(
+            config.policy,
+            budget=config.budget,
+            max_budget=config.max_budget,
+            max_itl_ms=config.max_itl_ms,
+            drafters=info.drafters,
+            **({} if self.costs is None else {"cost": self.costs.model}),
+        )
         executor.guide(self.policy)
         self.recorder = StatsRecorder()
         self.pool = BlockPool(info.num_blocks, info.block_size, config.enable_prefix_caching)
@@ -85,6 +94,8 @@ class Engine:
         )
 
     def close(self) -> None:
+        if self.costs is not None:
+            self.costs.save()
         self.executor.close()
 
     def _check_integrity(self) -> None:

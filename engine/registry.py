@@ -40,6 +40,7 @@ VERIFIERS = {
 
 POLICIES = {
     "fixed": "engine.policies.fixed:FixedPolicy",
+    "goodput": "engine.policies.goodput:GoodputPolicy",
     "off": "engine.policies.off:OffPolicy",
 }
 
@@ -103,6 +104,11 @@ def make_verifier(name: str, offers: Mapping[str, Any] | None = None, **options:
 def _wanted(kind: str, name: str, offers: Mapping[str, Any] | None) -> dict[str, Any]:
     wanted = signature(load(kind, name)).parameters
     return {key: value for key, value in (offers or {}).items() if key in wanted}
+
+
+def wants_cost(policy: str) -> bool:
+    """Whether a policy asks what steps cost. Raises ValueError for an unknown name."""
+    return "cost" in signature(load("policy", policy)).parameters
 
 
 def make_policy(name: str, **options: Any) -> Policy:

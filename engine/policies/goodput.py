@@ -1,0 +1,319 @@
+"""Policy `goodput`: guess exactly as far ahead as it raises the committed tokens per second, measured on this machine.
+
+Before drafting it bounds how many nodes a sequence may draft: about twice what was of use to it lately. A drafter whose
+asking costs next to nothing is asked; one that costs (a model) is asked only as deep, and for whom, as its record and its
+price say that it pays (engine/policies/allocation.py). After drafting the nodes of all sequences compete: the likeliest Q
+are kept, for the Q that has the most expected tokens per predicted second. No node at all is one of the choices.
+
+Off is never for ever: what is not shown cannot be learned, so half a percent of the time is for showing drafts of which too
+little good is known, offsets of sequences fade, and drafters that did not pay are asked again after a rest that doubles.
+Prompt chunks in the step count as load. With `max_itl_ms` no draft makes a step longer than that.
+
+Sources: SmartSpec (arXiv 2406.14066), DSpark (arXiv 2607.05147) for the split into a budget before and a ranking after
+drafting, TETRIS (arXiv 2502.15197) for ranking drafted nodes over the batch; core.md A. It is exact because it only
+drops nodes where the verifier allows that (`Load.trims`; core.md 0.4, R1 and R3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engine.plan import StepPlan, StepResult
+from engine.policies.allocation import Selection, allocate, select
+from engine.policies.survival import Survival, path_survival
+from engine.protocols import Choice, CostModel, Load, Policy, Reason
+from engine.sequence import Sequence
+from engine.tree import DraftForest, Verdict
+
+Double = NDArray[np.float64]
+
+FREE_SHARE = 0.02  # a drafter that takes less than this share of a step is asked without asking whether it pays
+FIRST_BUDGET, LEAST_BUDGET = 8, 4  # nodes
+TO_START = 1.02  # goodput over plain decoding's that starts speculation; going on takes none (hysteresis)
+TO_START_DRAFTER = 1.05  # the same for a drafter that costs
+PROBE_SHARE = 0.005  # of the time goes to drafts that would not pay by what is known
+PROBE_NODES = 2
+LONGEST_CHAIN = 16  # of a drafter that costs
+NEGLIGIBLE_SHARE = 0.005  # of a step: what a drafter may take although it never finds anything
+WORTH_RATE, LONGEST_REST = 0.05, 16
+ERROR_RATE = 0.02
+
+
+@dataclass(slots=True)
+class _Record:
+    """What the policy remembers about a sequence, beside its survival."""
+
+    budget: int = FIRST_BUDGET  # nodes it may draft
+    asked: int = 0  # and those it was given in this step
+    unseen: int = 0  # steps since a draft of it was shown
+
+
+@dataclass(slots=True)
+class _Worth:
+    """Whether asking a drafter pays: seconds won by the nodes that were kept against seconds spent, moving averages."""
+
+    won: float = 0.0
+    spent: float = 0.0
+    rest: int = 1  # steps of the next rest
+    left: int = 0  # steps of this one
+    took: float | None = None  # spent in this step; None: not asked
+    costly: bool = False  # it is decided before each step whether asking it pays,
+    on: bool = False  # and it did
+
+    def settle(self, won: float, negligible: float) -> None:
+        """A step in which it was asked is over; a drafter that takes less than `negligible` seconds never rests."""
+        took, self.took = self.took or 0.0, None
+        self.won += WORTH_RATE * (won - self.won)
+        self.spent += WORTH_RATE * (took - self.spent)
+        if won >= took:
+            self.rest, self.won = 1, max(self.won, self.spent)
+        elif self.won < self.spent and self.spent > negligible and not self.costly:
+            self.left, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
+
+
+class GoodputPolicy(Policy):
+    """Expected tokens / predicted seconds, at its best."""
+
+    name = "goodput"
+
+    def __init__(
+        self, cost: CostModel, max_budget: int = 32, max_itl_ms: float | None = None, drafters: Seq[str] = (), **_: object
+    ) -> None:
+        """`max_budget`: most draft nodes of a sequence in a step. Raises ValueError for limits that make no sense."""
+        if max_budget < 0:
+            raise ValueError(f"max_budget: must not be negative, got {max_budget}")
+        if max_itl_ms is not None and not max_itl_ms > 0:
+            raise ValueError(f"max_itl_ms: must be above 0, got {max_itl_ms}")
+        self.cost, self.max_budget = cost, max_budget
+        self.limit = np.inf if max_itl_ms is None else max_itl_ms / 1000
+        self.survival = Survival(drafters)
+        self.cost_error = 0.0
+        self._records: dict[int, _Record] = {}
+        self._worth: dict[str, _Worth] = {}
+        self._probed: set[int] = set()  # sequences for which a drafter that costs was asked to learn
+        self._credit = 0.0  # seconds that may be spent on probes
+        self._speculating = False
+
+    @property
+    def calibration_error(self) -> float:  # type: ignore[override]  # read-only here
+        return self.survival.calibration_error
+
+    def budgets(self, seqs: Seq[Sequence], load: Load) -> list[int]:
+        budgets = []
+        for seq in seqs:
+            record = self._record(seq)
+            record.asked = min(record.budget, self.max_budget)
+            budgets.append(record.asked)
+        return budgets
+
+    def allot(self, drafter: str, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
+        worth = self._worth.setdefault(drafter, _Worth())
+        count = sum(budget > 0 for budget in budgets)
+        step = float(self.cost.verify_seconds(len(seqs) + load.prefill_tokens, load.context_tokens, load.sequences))
+        worth.costly = self.cost.draft_seconds(drafter, count, max(budgets)) > FREE_SHARE * step
+        if worth.costly:
+            return self._allot_costly(drafter, worth, seqs, budgets, gained, load)
+        if worth.left:
+            worth.left -= 1
+            return [0] * len(seqs)
+        return list(budgets)
+
+    def estimate(self, drafter: str, seqs: Seq[Sequence], forest: DraftForest) -> Double:
+        return self.survival.estimate(drafter, [seq.seq_id for seq in seqs], forest)
+
+    def drafted(self, drafter: str, sequences: int, depth: int, seconds: float) -> None:
+        self.cost.observe_draft(drafter, sequences, depth, seconds)
+        worth = self._worth.setdefault(drafter, _Worth())
+        worth.took = (worth.took or 0.0) + seconds
+
+    def trim(self, forest: DraftForest, seqs: Seq[Sequence], load: Load) -> Choice:
+        roots, drafts = forest.num_trees, forest.num_drafts
+        if not roots:
+            return Choice(forest, [], [])
+        tokens = np.arange(roots + load.prefill_tokens, roots + load.prefill_tokens + drafts + 1)
+        verify = self.cost.verify_seconds(tokens, load.context_tokens, load.sequences) + load.draft_seconds
+        plain = float(verify[0]) - load.draft_seconds
+        decode = plain
+        if load.prefill_tokens:
+            decode = float(self.cost.verify_seconds(roots, load.context_tokens, roots))
+        self._credit = min(self._credit + PROBE_SHARE * plain, 0.2 * plain)
+        if drafts:
+            choice = self._select(forest, seqs, load, verify)
+        else:
+            choice = Choice(forest, [0] * roots, [self._nothing(seq) for seq in seqs], float(roots), float(verify[0]))
+        choice.plain_seconds, choice.decode_seconds = plain, decode
+        self._appraise(choice)
+        return choice
+
+    def learn(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict) -> None:
+        self.survival.learn([seq.seq_id for seq in seqs], forest, verdict)
+
+    def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
+        prompt = sum(row.num_new for row in plan.rows) - sum(bool(row.token_ids) for row in result.rows)
+        context = sum(row.num_computed for row in plan.rows)
+        # A prompt token has no logits and costs less than a node: steps full of them would make nodes look cheap.
+        if plan.rows and prompt * 4 <= result.num_forward_tokens:
+            spent = seconds - sum(result.draft_seconds.values())
+            self.cost.observe(result.num_forward_tokens, context, len(plan.rows), spent)
+        if result.predicted_seconds and seconds > 0:
+            error = min(abs(result.predicted_seconds / seconds - 1), 1.0)
+            self.cost_error += ERROR_RATE * (error - self.cost_error)
+
+    def forget(self, seq_id: int) -> None:
+        self._records.pop(seq_id, None)
+        self.survival.forget(seq_id)
+
+    def _record(self, seq: Sequence) -> _Record:
+        record = self._records.get(seq.seq_id)
+        if record is None:
+            record = self._records[seq.seq_id] = _Record()
+        return record
+
+    # ---- before drafting: a drafter that costs
+
+    def _allot_costly(
+        self, drafter: str, worth: _Worth, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load
+    ) -> list[int]:
+        """The chain lengths with the best goodput, drafting included; all zero where it does not pay."""
+        longest = min(max(budgets), LONGEST_CHAIN)
+        chain = self.survival.chain(drafter, [seq.seq_id for seq in seqs], longest)
+        # What another drafter has found already is not won again.
+        asked = [b for b, budget in enumerate(budgets) if budget and chain[b, :budget].sum() > (gained[b] or 0.0)]
+        if not asked:
+            return [0] * len(seqs)
+        others = len(seqs) - len(asked) + sum(gained[b] or 0.0 for b in set(range(len(seqs))).difference(asked))
+        first = len(seqs) + load.prefill_tokens
+        verify = self.cost.verify_seconds(np.arange(first, first + len(asked) * longest + 1), load.context_tokens, load.sequences)
+        draft = np.array([0.0] + [self.cost.draft_seconds(drafter, len(asked), depth) for depth in range(1, longest + 1)])
+        best = allocate(
+            chain[asked], verify, draft, np.array([budgets[b] for b in asked]), self.limit - load.draft_seconds, others
+        )
+        given = [0] * len(seqs)
+        if best.depth and best.speedup >= (1.0 if worth.on else TO_START_DRAFTER):
+            worth.on = True
+            for b, nodes in zip(asked, best.nodes.tolist(), strict=True):
+                # Where nodes may still be dropped, everyone drafts as deep as the deepest: it is the depth that costs.
+                given[b] = min(budgets[b], best.depth) if nodes and load.trims else nodes
+            return given
+        worth.on = False
+        return self._probe_costly(worth, seqs, asked, given, float(draft[1]))
+
+    def _probe_costly(self, worth: _Worth, seqs: Seq[Sequence], asked: list[int], given: list[int], seconds: float) -> list[int]:
+        """One node each, for a few, after a rest that doubles while it does not help."""
+        if worth.left:
+            worth.left -= 1
+            return given
+        worth.left, worth.rest = 16 * worth.rest, min(2 * worth.rest, 16)
+        for b in asked[:4]:
+            given[b] = 1
+            self._probed.add(seqs[b].seq_id)
+        return given
+
+    # ---- after drafting
+
+    def _select(self, forest: DraftForest, seqs: Seq[Sequence], load: Load, verify: Double) -> Choice:
+        if forest.estimate is None:
+            forest.estimate = np.where(forest.parent < 0, 1.0, 0.5)
+        survival = path_survival(forest, forest.estimate)
+        nodes = np.flatnonzero(forest.parent >= 0)
+        margin = 1.0 if self._speculating else TO_START
+        chosen = select(survival[nodes], verify, forest.num_trees, self.limit, margin)
+        self._speculating = chosen.count > 0
+        kept = np.ones(forest.num_nodes, dtype=bool)
+        kept[nodes] = chosen.kept
+        if not load.trims and forest.law_row is not None:
+            for tree in range(forest.num_trees):
+                if forest.is_sampled(tree):
+                    kept[forest.nodes(tree)] = True
+        probes = self._probe(forest, seqs, survival, kept, verify)
+        count = int(kept.sum()) - forest.num_trees
+        cut = forest if count == len(nodes) else forest.keep(kept)
+        offered, shown = np.diff(forest.start) - 1, np.diff(cut.start) - 1
+        dropped = (offered - shown).tolist()
+        reasons = self._reasons(seqs, offered.tolist(), dropped, probes, chosen)
+        self._remember(seqs, offered.tolist(), shown.tolist())
+        return Choice(cut, dropped, reasons, float(survival[kept].sum()), float(verify[count]))
+
+    def _probe(
+        self, forest: DraftForest, seqs: Seq[Sequence], survival: Double, kept: NDArray[np.bool_], verify: Double
+    ) -> set[int]:
+        """Trees of which some nodes are shown although they do not pay: those unseen for longest, while there is credit."""
+        probed, self._probed = self._probed, set()
+        starts = forest.start.tolist()
+        shown = np.add.reduceat(kept, forest.start[:-1]).tolist()
+        hidden = [b for b in range(len(seqs)) if shown[b] == 1 and starts[b + 1] - starts[b] > 1]
+        if not hidden:
+            return set()
+        hidden.sort(key=lambda b: (seqs[b].seq_id not in probed, -self._record(seqs[b]).unseen))
+        found: set[int] = set()
+        count = int(kept.sum()) - len(seqs)
+        second = float(verify[0]) / len(seqs)  # what a token is worth
+        for b in hidden:
+            part = np.arange(starts[b] + 1, starts[b + 1])
+            best = part[np.argsort(-survival[part], kind="stable")[:PROBE_NODES]]
+            price = float(verify[count + len(best)] - verify[count]) - second * float(survival[best].sum())
+            owed = seqs[b].seq_id in probed
+            if (price > self._credit and not owed) or verify[count + len(best)] > self.limit:
+                break
+            self._credit -= max(price, 0.0)
+            kept[best] = True
+            count += len(best)
+            found.add(b)
+        return found
+
+    def _reasons(
+        self, seqs: Seq[Sequence], offered: list[int], dropped: list[int], probes: set[int], chosen: Selection
+    ) -> list[Reason]:
+        cut: Reason = "itl" if chosen.limited else "cost"
+        reasons: list[Reason] = []
+        for b, (had, lost) in enumerate(zip(offered, dropped, strict=True)):
+            if not had:
+                reasons.append(self._nothing(seqs[b]))
+            else:
+                reasons.append("probe" if b in probes else cut if lost else "goodput")
+        return reasons
+
+    def _nothing(self, seq: Sequence) -> Reason:
+        """Why a sequence has no draft at all."""
+        rests = any(worth.left for worth in self._worth.values())
+        return "cost" if rests or not self._record(seq).asked else "no_match"
+
+    def _remember(self, seqs: Seq[Sequence], offered: list[int], shown: list[int]) -> None:
+        """The next budgets: twice as much for those who used theirs up, slowly less for those who did not."""
+        for seq, had, used in zip(seqs, offered, shown, strict=True):
+            if not had:
+                continue
+            record = self._record(seq)
+            record.unseen = 0 if used else record.unseen + 1
+            if used == had >= record.budget:
+                record.budget = min(2 * record.budget, self.max_budget)
+            elif used < had:
+                record.budget = max(LEAST_BUDGET, 2 * used, record.budget - 1)
+
+    def _appraise(self, choice: Choice) -> None:
+        """Did asking pay? Each drafter is credited with what its kept nodes are worth, less their share of the longer step."""
+        asked = [name for name, worth in self._worth.items() if worth.took is not None]
+        if not asked:
+            return
+        won = dict.fromkeys(asked, 0.0)
+        forest = choice.forest
+        if forest.num_drafts and forest.estimate is not None:
+            nodes = np.flatnonzero(forest.parent >= 0)
+            spent = sum(self._worth[name].took or 0.0 for name in asked)
+            price = (choice.seconds - choice.plain_seconds - spent) / len(nodes)
+            value = path_survival(forest, forest.estimate)[nodes] * choice.decode_seconds / forest.num_trees - price
+            for name, amount in zip(_owners(forest, nodes), value.tolist(), strict=True):
+                won[name] = won.get(name, 0.0) + amount
+        for name in asked:
+            self._worth[name].settle(won[name], NEGLIGIBLE_SHARE * choice.plain_seconds)
+
+
+def _owners(forest: DraftForest, nodes: NDArray[np.int64]) -> list[str]:
+    if forest.node_drafter is not None:
+        return [forest.node_drafter[node] for node in nodes.tolist()]
+    trees = np.searchsorted(forest.start, nodes, side="right") - 1
+    return [forest.drafter[tree] for tree in trees.tolist()]
