@@ -152,8 +152,10 @@ class Drafting:
         if len(sizes) != len(seqs) or forest.start[0] != 0 or (sizes < 1).any() or (sizes - 1 > budgets).any():
             return "malformed"
         count = forest.num_nodes
-        rows = (forest.token, forest.parent, forest.depth, forest.confidence, forest.law_row)
+        rows = (forest.token, forest.parent, forest.depth, forest.confidence, forest.law_row, forest.node_drafter)
         if any(row is not None and len(row) != count for row in rows) or (forest.law is None) != (forest.law_row is None):
+            return "malformed"
+        if any(row.dtype.kind != "i" for row in (forest.token, forest.parent, forest.depth, forest.start)):
             return "malformed"
         if (forest.token[forest.start[:-1]] != [seq.tokens[-1] for seq in seqs]).any():
             return "malformed"
