@@ -13,6 +13,8 @@ from engine.protocols import Drafter, Verifier
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
 
+PLAIN = EngineConfig(model="").verifier  # the default one: the target's own token
+
 
 class Verification:
     """The verifiers of one server.
@@ -30,6 +32,7 @@ class Verification:
                 "It runs only where the configuration says `lossy` as well"
             )
         registry.check_pairing(drafters, self.default)
+        self.plain = registry.make_verifier(PLAIN, {"siblings": kinds})
         every = {name: registry.make_verifier(name, {"siblings": kinds}) for name in registry.VERIFIERS}
         self.offered = {
             name: self.default if name == self.default.name else verifier
@@ -44,7 +47,10 @@ class Verification:
 
     def of(self, seq: Sequence) -> Verifier:
         """The verifier of a sequence's request; the configured one where it chose none that is offered."""
-        return self.offered.get(seq.request.speculation.verifier or "", self.default)
+        speculation = seq.request.speculation
+        if speculation.off:  # plain decoding, also where the configured verifier would not take the target's own token
+            return self.plain
+        return self.offered.get(speculation.verifier or "", self.default)
 
     def anticipates(self, seqs: Seq[Sequence]) -> bool:
         """May sampled nodes of these sequences' trees be dropped by somebody who has looked at their tokens?"""
