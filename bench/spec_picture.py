@@ -1,4 +1,4 @@
-"""Acceptance by position as a picture, where matplotlib is installed. It is no dependency of the project."""
+"""Acceptance by position as a picture, where matplotlib is installed (the extra `plots`)."""
 
 from __future__ import annotations
 

@@ -73,6 +73,9 @@ class ServerConfig(BaseSettings):
     enable_prefix_caching: bool = Field(_ENGINE.enable_prefix_caching, description="reuse the KV of equal prompt beginnings")
     tensor_parallel_size: int = Field(_ENGINE.tensor_parallel_size, ge=1, description="number of GPUs (only 1 today)")
     num_threads: int | None = Field(_ENGINE.num_threads, ge=1, description="CPU threads of the engine (default: all cores)")
+    cpu_kernels: Literal["auto", "native", "torch"] = Field(
+        _ENGINE.cpu_kernels, description="of bfloat16 models on a CPU: native ones where they run, only those, or torch's"
+    )
     load_format: Literal["auto", "native", "transformers"] = Field(
         _ENGINE.load_format, description="transformers: run the model through transformers' own code"
     )

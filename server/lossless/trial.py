@@ -86,7 +86,7 @@ class Trial:
         plain = await self._ask(ids, temperature, seed, f"{salt}/plain", Speculation(off=True))
         answers = {"first": await self._ask(ids, temperature, seed, salt, Speculation())}
         answers["again"] = await self._ask(ids, temperature, seed, salt, Speculation())
-        if "prediction" in self.info.drafters:  # the whole answer known beforehand: the deepest drafts there can be
+        if self.info.prediction_drafters:  # the whole answer known beforehand: the deepest drafts there can be
             answers["predicted"] = await self._ask(ids, temperature, seed, salt, Speculation(), plain.ids)
         runs = {name: (answer, self._compare(plain, answer, temperature)) for name, answer in answers.items()}
         control = None

@@ -32,6 +32,7 @@ def info(vocab_size: int = 49152, max_model_len: int = 512) -> EngineInfo:
         budget=8,
         max_budget=32,
         verifiers=["match", "coin"],
+        prediction_drafters=["prediction"],
         weight_bytes=0,
         kv_bytes=0,
         num_blocks=64,
