@@ -23,9 +23,7 @@ from bench.arithmetic import Answer
 from bench.load import Run
 from bench.prompts import Prompt
 from bench.summary import Numbers, summarise
-from bench.workloads import WORKLOADS, Workload
-
-BATCH = Workload("8 in a batch", 8, 8, 128, "total_rate", ignore_eos=True)
+from bench.workloads import Workload, named, warm_up
 
 
 class Stamps(BaseStreamer):
@@ -87,13 +85,14 @@ class Generator:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.generate", description=__doc__)
     parser.add_argument("model", type=Path, help="Hugging Face directory")
+    parser.add_argument("--workload", action="append", required=True, help="in this order")
+    parser.add_argument("--part", type=float, default=1.0, help="share of the requests")
     options = parser.parse_args()
     started = time.monotonic()
     generator = Generator(options.model)
     loaded = time.monotonic() - started
-    generator.ask(WORKLOADS[0].prompts()[:1], Workload("warm-up", 1, 1, 8, "decode_rate"))
-    alone = [workload for workload in WORKLOADS if workload.concurrency == 1]
-    numbers = {workload.name: generator.measure(workload) for workload in [*alone, BATCH]}
+    generator.measure(warm_up(1))
+    numbers = {name: generator.measure(named(name).shortened(options.part)) for name in options.workload}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     print(json.dumps({"start_seconds": loaded, "peak_mb": peak, "workloads": numbers}))
     return 0

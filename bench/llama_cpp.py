@@ -63,10 +63,9 @@ def weights(model: Path, folder: Path) -> Path:
 
 
 def command(program: Path, model: Path, port: int, slots: int) -> list[str]:
-    """Both caches that would answer a repeated prompt are off: each repeat then pays for its prefill as the first did."""
+    """Prompt caching as it comes, that is on."""
     threads = str(len(os.sched_getaffinity(0)))
     return [
-        *(str(program), "-m", str(model), "--host", "127.0.0.1", "--port", str(port)),
+        *(str(program), "-m", str(model), "--host", "127.0.0.1", "--port", str(port), "--no-ui"),
         *("-t", threads, "-tb", threads, "--parallel", str(slots), "-c", str(slots * SLOT)),
-        *("--no-cache-prompt", "--cache-ram", "0", "--no-ui"),
     ]
