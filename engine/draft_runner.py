@@ -20,7 +20,7 @@ from engine.models.batch import ForwardBatch
 from engine.models.config import ModelConfig
 from engine.models.factory import load_model
 from engine.models.loader import load_config
-from engine.models.runner import Model, ModelRunner
+from engine.models.runner import Model, ModelRunner, PagedModel
 from engine.plan import Row
 from engine.sequence import Sequence
 from engine.tree import DraftForest
@@ -29,7 +29,7 @@ from kernels import reference
 
 
 def make_runner(
-    model: Model, shape: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    model: Model | PagedModel, shape: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> ModelRunner:
     """A model with its KV cache and attention backend."""
     kv = KVCache(shape.num_layers, num_blocks, shape.num_kv_heads, block_size, shape.head_dim, dtype, device)
