@@ -94,7 +94,8 @@ class Verifier(Protocol):
 
     `anticipates`: may nodes be dropped after drafting by somebody who has looked at their tokens? A rule that judges a token
     by the law q it was drawn from is biased by that (core.md 0.4, R1): False. It concerns trees with sampled nodes
-    (`DraftForest.is_sampled`); nodes that were chosen deterministically may be dropped under every verifier.
+    (`DraftForest.is_sampled`); nodes that were chosen deterministically may be dropped under every verifier. A verifier that
+    says `chains_only = True` judges the first of several sampled children and no other: more would be drafted for nothing.
     """
 
     name: str

@@ -25,7 +25,7 @@ class LenientVerifier:
     """lenience: how much of its own law a draft is judged by. Raises ValueError outside (0, 1]."""
 
     name = "lenient"
-    accepts = frozenset(Siblings)
+    accepts = frozenset({Siblings.POINT, Siblings.IID, Siblings.DISTINCT, Siblings.GREEDY})
     lossless = False
     anticipates = True
 

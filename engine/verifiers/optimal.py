@@ -6,7 +6,7 @@ norm(max(p - q', 0)), in which the likeliest are found. Hu et al., "Towards Opti
 2502.18779. It accepts P(likeliest) + sum over the others of min(p, q'), which is the optimal transport's value for these
 children (engine/acceptance.py), with one coin and one draw per node.
 
-It is optimal for that kind of children only. Others are judged one after the other, exactly, as recursive rejection does.
+Drafts of another kind are refused: it would be exact for them, and no better than recursive rejection.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.walk import Draw
 
 class OptimalVerifier:
     name = "optimal"
-    accepts = frozenset(Siblings)  # deterministic and coupled children are never judged: the token is, then looked for
+    accepts = frozenset({Siblings.POINT, Siblings.GREEDY})
     lossless = True
     anticipates = False
 

@@ -28,6 +28,7 @@ class RejectionVerifier:
     accepts = frozenset({Siblings.POINT, Siblings.IID, Siblings.DISTINCT, Siblings.GREEDY})
     lossless = True
     anticipates = False
+    chains_only = True
 
     def __init__(self, siblings: Kinds, coin: Coin = addressed_coin, draw: Draw = gumbel_argmax) -> None:
         self._siblings, self._coin, self._draw = siblings, coin, draw

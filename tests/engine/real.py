@@ -20,6 +20,7 @@ from engine.registry import make_drafter
 from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
+from engine.verification import Verification
 from engine.worker import Worker
 
 
@@ -56,6 +57,7 @@ def make_engine(
     config = msgspec.structs.replace(
         worker.config, policy="fixed" if made else "off", budget=budget, check_integrity=True, **options
     )
+    worker.verification = Verification(config, made)
     return Engine(config, SharedExecutor(worker, num_blocks))
 
 

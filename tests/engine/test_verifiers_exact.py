@@ -125,11 +125,10 @@ def test_independent_drafts_judgement_is_wrong_for_draws_without_replacement(voc
     ("name", "drawn", "believed"),
     [
         (name, drawn, believed)
-        for name in ("recursive", "traversal", "optimal")
+        for name in ("recursive", "traversal")
         for drawn, believed in [
             (Siblings.IID, Siblings.DISTINCT),
             (Siblings.DISTINCT, Siblings.IID),
-            (Siblings.GREEDY, Siblings.DISTINCT),
         ]
     ]
     + [("spectr", Siblings.DISTINCT, Siblings.IID)],
@@ -156,7 +155,7 @@ def coupled_beside_drawn(q: ToyLM, picks: dict[int, Pick]) -> Drafted:
     return draft
 
 
-@pytest.mark.parametrize("name", LOSSLESS)
+@pytest.mark.parametrize("name", [name for name in LOSSLESS if name != "optimal"])  # it refuses them for being no use
 def test_coupled_drafts_are_only_for_verifiers_that_never_look_at_laws(name: str) -> None:
     distances, kinds = [], {"toy": Siblings.IID, "coupled": Siblings.COUPLED}
     for seed in range(4):
