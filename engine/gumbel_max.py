@@ -109,7 +109,7 @@ def _argmax_cpu(scores: Tensor, rows: Sequence[int], addresses: Sequence[Address
         draw = _Draw.enter(i, address, scores[row].float().numpy())
         if draw is None:
             continue
-        blocks, place = _blocks(draw.tokens)
+        blocks, place = distinct_blocks(draw.tokens)
         if len(blocks) <= SMALL:
             small.append((draw, blocks, place))
         else:
@@ -143,7 +143,7 @@ def _pick(words: np.ndarray, tokens: np.ndarray, place: np.ndarray) -> np.ndarra
     return bits
 
 
-def _blocks(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def distinct_blocks(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct blocks of four of ascending tokens, and the place of each token's block among them."""
     block = tokens >> 2
     new = np.empty(len(block), dtype=bool)

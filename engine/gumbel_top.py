@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.gumbel_max import Address
+from engine.gumbel_max import Address, distinct_blocks
 from engine.noise import GUMBEL_MAX, block_words, gumbel, gumbel_at, to_gumbel
 
 Ranked = tuple[list[int], list[float]]  # tokens, best first, and what each reached
@@ -77,8 +77,8 @@ def _race(row: np.ndarray, address: Address, count: int) -> Ranked:
     bar = np.float32(min(reached) - 1e-2 - 1e-6 * abs(scores[0])) if len(favourites) == count else np.float32(-np.inf)
     tokens = np.flatnonzero(row >= max(bar - np.float32(GUMBEL_MAX), np.finfo(np.float32).min))
     entered = row[tokens]
-    blocks, place = np.unique(tokens >> 2, return_inverse=True)
-    words = block_words(address.seed, address.sample, address.position, blocks.astype(np.uint64), address.stream)
+    blocks, place = distinct_blocks(tokens)
+    words = block_words(address.seed, address.sample, address.position, blocks, address.stream)
     bits = words[tokens & 3, place] >> 8
     # -log(-log U) <= -log(1 - U): who reaches the bar has 1 - U <= exp(score - bar). Few are left to take logarithms of.
     odds = np.exp(np.minimum(entered - bar, np.float32(0)))
