@@ -5,8 +5,9 @@
 
 Every answer is drafted for step by step as the engine would: the drafts that the recorded tokens follow stand, the next token is
 the bonus. One sequence runs at a time. `first` is the first time an answer is asked for (a sampled answer follows the greedy one
-to the same prompt), `again` the second, by the same drafter with what it kept. Times are CPU time of the thread. Rows of draft nodes that did not stand are unknown here, so a drafter that also learns from those
-(token_recycling, stand) does better in a real run. The whole budget is drafted: no policy, no cost of verifying.
+to the same prompt), `again` the second, by the same drafter with what it kept. Times are CPU time of the thread. Rows of draft
+nodes that did not stand are unknown here, so a drafter that also learns from those (token_recycling, stand) does better in a real
+run. The whole budget is drafted: no policy, no cost of verifying.
 """
 
 from __future__ import annotations
@@ -203,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--drafters", default="ngram,suffix,token_recycling,stand,aded")
     add("--budget", type=int, default=8)
     add("--options", default="", help="name=number,... for every drafter's constructor")
+    add("--datastore", type=Path, help="for drafters that need one (outrider datastore build)")
     add("--categories", action="store_true", help="a row per category")
     return parser
 
@@ -217,11 +219,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     recorded = _load(options.file, options.model, options.most)
     extra: dict[str, Any] = {key: float(number) if "." in number else int(number) for key, number in _pairs(options.options)}
+    offers = {"datastore": options.datastore}
     rows = [HEADING]
     memory = []
     for name in options.drafters.split(","):
-        rows += table(name, rounds(make_drafter(name, **extra), recorded, options.budget), options.categories)
-        held = held_bytes(lambda name=name: make_drafter(name, **extra), recorded, options.budget)
+        rows += table(name, rounds(make_drafter(name, offers, **extra), recorded, options.budget), options.categories)
+        held = held_bytes(lambda name=name: make_drafter(name, offers, **extra), recorded, options.budget)
         memory.append(f"{name} {held / 1024:.0f} KiB")
     print(markdown(rows))
     tokens = sum(len(one.prompt) + len(one.answer) for one in recorded)

@@ -73,26 +73,37 @@ class SaltedStore(Generic[B]):
 
 
 class Generations(Generic[K, V]):
-    """A mapping of at most about limit / entry_bytes entries; the older half leaves together."""
+    """A mapping that never takes much more than `limit` bytes at `entry_bytes` an entry; the older half leaves together."""
 
     def __init__(self, limit: int, entry_bytes: int) -> None:
-        self.most = max(1, limit // (2 * entry_bytes))
-        self.entry_bytes = entry_bytes
+        self.limit, self.entry_bytes = limit, entry_bytes
         self._young: dict[K, V] = {}
         self._old: dict[K, V] = {}
+        self._extra = [0, 0]  # bytes of young and old entries beyond entry_bytes
 
     def __len__(self) -> int:
         return len(self._young) + len(self._old)
 
     @property
     def num_bytes(self) -> int:
-        return self.entry_bytes * len(self)
+        return self.entry_bytes * len(self) + sum(self._extra)
 
     def find(self, key: K) -> V | None:
         value = self._young.get(key)
         return value if value is not None else self._old.get(key)
 
-    def put(self, key: K, value: V) -> None:
+    def put(self, key: K, value: V) -> bool:
+        """Set an entry; True if it is new to the younger generation."""
+        before = len(self._young)
         self._young[key] = value
-        if len(self._young) >= self.most:
+        new = len(self._young) > before
+        if new:
+            self.charge(0)
+        return new
+
+    def charge(self, extra: int) -> None:
+        """The entry just put takes so many bytes more than entry_bytes, or than before."""
+        self._extra[0] += extra
+        if 2 * (self.entry_bytes * len(self._young) + self._extra[0]) >= self.limit:
             self._old, self._young = self._young, {}
+            self._extra = [0, self._extra[0]]

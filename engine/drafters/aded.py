@@ -34,7 +34,8 @@ from engine.tree import DraftForest, Verdict
 
 MOST_SUCCESSORS = 12
 MOST_WEIGHT = 6.0
-ENTRY_BYTES = 450  # a pair with its successors and its share of the dict; most have one, few have twelve
+ENTRY_BYTES = 430  # a pair with one successor and its share of the dict
+SUCCESSOR_BYTES = 100  # every further one
 
 Pair = tuple[int, int]
 Successors = dict[int, float]
@@ -99,20 +100,22 @@ class AdedDrafter:
         map_ = self._maps.get(salt)
         for end in range(max(2, read), len(tokens)):
             key = _key(tokens[end - 2], tokens[end - 1])
-            map_.put(key, self._boosted(map_.find(key), tokens[end]))
+            successors = map_.find(key) or {}
+            known = len(successors)
+            self._boost(successors, tokens[end])
+            if map_.put(key, successors):
+                known = 1
+            map_.charge(SUCCESSOR_BYTES * (len(successors) - known))
         self._read[seq.seq_id] = seq, len(tokens)
         self._maps.settle(salt)
 
-    def _boosted(self, successors: Successors | None, token: int) -> Successors:
-        if successors is None:
-            return {token: 1.0}
+    def _boost(self, successors: Successors, token: int) -> None:
         for other in successors:
             if other != token:
                 successors[other] *= self.fade
         successors[token] = min(successors.get(token, 0.0) + 1, MOST_WEIGHT)
         if len(successors) > MOST_SUCCESSORS:
             del successors[min(successors, key=lambda other: successors[other])]
-        return successors
 
 
 def _generations(limit: int) -> Generations[int, Successors]:
