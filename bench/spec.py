@@ -5,7 +5,7 @@ slows both. Only the first turn of a question is asked. The two arms share no ca
 One table row per category (Spec-Bench's six: MT-bench's eight subjects are one), JSON to bench/out/spec.jsonl, and, where
 matplotlib is installed, a picture of acceptance by position.
 
-MAT: tokens per forward of the model over all its steps, those without a draft included, as the server counts them.
+MAT: tokens of the answers per step of the model, as the server counts its steps: those without a draft are among them.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def measure(endpoint: Endpoint, off: Ask, on: Ask, prompts: Sequence[Prompt], co
 
 def summarise(category: str, off: Arm, on: Arm) -> Row:
     reports = [answer.speculation for answer in on.good]
-    steps = _sum(reports, "num_spec_steps")
+    steps, tokens = _sum(reports, "num_spec_steps"), sum(answer.tokens for answer in on.good)
     accepted, drafted = _sum(reports, "num_accepted_draft_tokens"), _sum(reports, "num_draft_tokens")
     texts = {answer.prompt_id: answer.text for answer in off.good}
     drafters = [{name: counts["num_accepted_draft_tokens"] for name, counts in r.get("drafters", {}).items()} for r in reports]
@@ -111,9 +111,9 @@ def summarise(category: str, off: Arm, on: Arm) -> Row:
         questions=len(on.answers),
         errors=len(off.answers) + len(on.answers) - len(off.good) - len(on.good),
         equal=sum(texts.get(answer.prompt_id) == answer.text for answer in on.good),
-        tokens=sum(answer.tokens for answer in on.good),
+        tokens=tokens,
         steps=steps,
-        mat=(steps + accepted) / steps if steps else math.nan,
+        mat=tokens / steps if steps else math.nan,
         acceptance=accepted / drafted if drafted else math.nan,
         decode_off=decode_rate(off.good),
         decode_on=decode_rate(on.good),

@@ -1,8 +1,9 @@
 """What speculation did for one answer: `metrics.speculative_decoding`, for those who ask with `include_speculation`.
 
 Names that vLLM has are vLLM's. A step is one forward of the model for one sequence that committed tokens, whether anything
-was drafted for it or not, so `mean_acceptance_length` is tokens per forward: what speculation is worth. Counts are sums over
-the choices of the answer; tokens that a step committed behind the end of a stop string count.
+was drafted for it or not, so `mean_acceptance_length` is tokens per forward, what speculation is worth (an answer that ends
+with a draft token counts the bonus that was not needed). Counts are sums over the choices of the answer; tokens that a step
+committed behind the end of a stop string count.
 """
 
 from __future__ import annotations

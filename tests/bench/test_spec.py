@@ -50,7 +50,7 @@ def test_a_row_sums_up_both_arms() -> None:
     on = Arm([answer("a", 1.0, **report(4, 10, [3, 2], ngram=5)), answer("b", 1.0, **report(6, 10, [2, 2, 1], suffix=5))], 4.0)
     row = summarise("qa", off, on)
     assert (row.questions, row.errors, row.equal, row.tokens, row.steps) == (2, 0, 1, 22, 10)
-    assert row.mat == pytest.approx((10 + 10) / 10)
+    assert row.mat == pytest.approx(22 / 10)
     assert row.acceptance == pytest.approx(10 / 20)
     assert (row.decode_off, row.decode_on) == pytest.approx((10 / 2, 10 / 1))
     assert (row.total_off, row.total_on) == pytest.approx((22 / 6, 22 / 4))

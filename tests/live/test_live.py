@@ -84,6 +84,23 @@ async def test_a_client_that_goes_away_frees_everything(http: httpx.AsyncClient,
     assert after["generation_tokens_total"] - before["generation_tokens_total"] < 4 * 900
 
 
+async def test_a_request_chooses_its_drafters(http: httpx.AsyncClient) -> None:
+    text = "One, two, three, four, five, six, seven, eight, nine, ten."
+    body: dict[str, Any] = {"model": MODEL, "prompt": text, "max_tokens": 24, "temperature": 0, "include_speculation": True}
+    answer = (await http.post("/v1/completions", json=body | {"speculation": "off"})).json()["choices"][0]["text"]
+    body["prediction"] = {"type": "content", "content": answer}
+    drafted = {}
+    for choice in ("ngram", "prediction"):
+        response = (await http.post("/v1/completions", json=body | {"speculation": {"drafter": choice, "max_nodes": 2}})).json()
+        assert response["choices"][0]["text"] == answer
+        report = response["metrics"]["speculative_decoding"]
+        drafted[choice] = set(report["drafters"])
+        assert len(report["acceptance_histogram"]) <= 3
+        assert report["num_draft_tokens"] <= 2 * report["num_spec_steps"]
+    assert drafted["ngram"] <= {"ngram"}
+    assert drafted["prediction"] == {"prediction"}
+
+
 async def test_a_stop_string_ends_the_work(http: httpx.AsyncClient) -> None:
     before = await metrics_where(http, idle)
     body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "stop": ["e"], "seed": 1}

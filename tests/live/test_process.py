@@ -18,7 +18,7 @@ import pytest
 
 from tests.live.conftest import MODEL, Server, start
 
-FLAGS = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(128 << 20), "--num-threads", "1")
+FLAGS = ("--max-model-len", "1024", "--kv-cache-memory-bytes", str(128 << 20), "--num-threads", "1", "--no-profile")
 ENDLESS: dict[str, Any] = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 900, "ignore_eos": True, "stream": True}
 SHORT: dict[str, Any] = {"model": MODEL, "prompt": "Hi", "max_tokens": 2}
 
