@@ -96,6 +96,7 @@ class Verifier(Protocol):
     by the law q it was drawn from is biased by that (core.md 0.4, R1): False. It concerns trees with sampled nodes
     (`DraftForest.is_sampled`); nodes that were chosen deterministically may be dropped under every verifier. A verifier that
     says `chains_only = True` judges the first of several sampled children and no other: more would be drafted for nothing.
+    `prefers` names the kind of siblings that serves it best, for drafters that can choose; by default any in `accepts` may do.
     """
 
     name: str

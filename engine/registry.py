@@ -80,12 +80,13 @@ def wants_draft_model(names: Iterable[str]) -> bool:
 def drafter_offers(config: EngineConfig, vocab_size: int, eos_ids: frozenset[int], draft_model: Any = None) -> dict[str, Any]:
     """What the engine offers to the constructor of every drafter: one that needs it names it as a parameter.
 
-    draft_model: the model of `config.draft_model`, ready to be loaded (engine/draft_runner.py), or None. Of the verifier: which
-    kinds of siblings it is exact for, and whether it judges but the first of several sampled ones.
+    draft_model: the model of `config.draft_model`, ready to be loaded (engine/draft_runner.py), or None. accepts, prefers and
+    chains_only are the verifier's (engine/protocols.py).
     """
     verifier = load("verifier", config.verifier)
     return {
         "accepts": verifier.accepts,
+        "prefers": getattr(verifier, "prefers", None),
         "chains_only": getattr(verifier, "chains_only", False),
         "vocab_size": vocab_size,
         "eos_ids": eos_ids,

@@ -3,8 +3,8 @@
 Speculative decoding in its first form (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318), batched, with trees
 that grow best first (engine/draft_tree.py). By default the children of a node are coupled: the best of log q / T + gumbel,
 with the very noise that will choose the target's token there (arXiv 2408.07978; for lists of drafts, "List-Level Distribution
-Coupling"), so draft and target err alike; greedy requests get the likeliest tokens. `siblings` other than "coupled" draws
-them from q with noise of their own, for verifiers that judge a token by its law; the shape of such a tree then depends on
+Coupling"), so draft and target err alike; greedy requests, and `siblings` "point", get the likeliest tokens. The other kinds
+are drawn from q with noise of their own, for verifiers that judge a token by its law; the shape of such a tree depends on
 the budget alone.
 
 Its KV lies in the target's blocks and is filled lazily: a draft begins by feeding, in one batch, what was committed since the
@@ -42,6 +42,7 @@ from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
 
 NEAR = 16  # tokens: who is no further behind is always fed, whatever the others have to catch up
+DRAWN = frozenset({Siblings.IID, Siblings.DISTINCT, Siblings.GREEDY})
 RUNNERS_UP = 2  # tokens beside the children that a child's confidence is measured against
 MARGIN_SHARPNESS = 1.0
 
@@ -61,7 +62,7 @@ class DraftModel(Protocol):
 
 
 class DraftModelDrafter:
-    """accepts: the kinds of siblings that the verifier is exact for; `siblings`: the kind to draw, by default the best of these.
+    """accepts, prefers, chains_only: of the verifier (engine/protocols.py); siblings: the kind to draw, by default what suits it.
     branches: children per node (1 where a verifier judges no more of sampled ones); width: nodes fed per forward and sequence;
     least: paths less likely are not followed any further; catch_up: most tokens fed in one step before drafts begin, all
     sequences together, and catch_up_seconds: about how long that may take.
@@ -78,6 +79,7 @@ class DraftModelDrafter:
         draft_model: DraftModel | None,
         eos_ids: frozenset[int] = frozenset(),
         accepts: frozenset[Siblings] = frozenset(Siblings),
+        prefers: Siblings | None = None,
         chains_only: bool = False,
         siblings: str | None = None,
         branches: int = 3,
@@ -94,9 +96,9 @@ class DraftModelDrafter:
                 f"draft_model needs branches, width and catch_up >= 1 and 0 <= least < 1, not {branches}, {width}, {catch_up} "
                 f"and {least}"
             )
-        self.siblings = _kind(siblings, accepts)
+        self.siblings = _kind(siblings, prefers, accepts)
         self.eos_ids = eos_ids
-        self.branches = 1 if chains_only and self.siblings is not Siblings.COUPLED else branches
+        self.branches = 1 if chains_only and self.siblings in DRAWN else branches
         self.width, self.least = width, least
         self._pace, self._clock = Pace(catch_up, catch_up_seconds), clock
         self._caught_up = 0.0
@@ -148,9 +150,10 @@ class DraftModelDrafter:
             self._laws[seq.seq_id] = DraftLaw(seq, self.eos_ids)
         budget = min(budget, self._model.max_len - seq.num_tokens)
         law = self._laws[seq.seq_id]
-        if self.siblings is Siblings.COUPLED or seq.params.greedy:
-            return Guess(text, law, budget, self.width, self.least)
-        return DrawnGuess(text, law, budget, self.branches)
+        if self.siblings in DRAWN and not seq.params.greedy:
+            return DrawnGuess(text, law, budget, self.branches)
+        coupled = self.siblings is Siblings.COUPLED and not seq.params.greedy
+        return Guess(text, law, budget, self.width, self.least, coupled=coupled)
 
     def _follow(self, texts: list[DraftText]) -> None:
         """Take in the last verdicts; pack the accepted paths of branched trees."""
@@ -279,16 +282,16 @@ class Guess:
 
     is_drawn = False
 
-    def __init__(self, text: DraftText, law: DraftLaw, budget: int, width: int, least: float) -> None:
+    def __init__(self, text: DraftText, law: DraftLaw, budget: int, width: int, least: float, *, coupled: bool = False) -> None:
         self.text, self.law, self.budget = text, law, budget
-        self._width, self._least = width, least
+        self._width, self._least, self._coupled = width, least, coupled
         self.tree = DraftTree(text.seq.tokens[-1])
         self.laws: dict[int, Tensor] = {}  # node -> the law that its children were drawn from
 
     def address(self, node: int) -> Address | None:
-        """Where the target's noise for the token after the node lies; None for a greedy request."""
+        """Where the target's noise for the token after the node lies; None where the likeliest are drafted."""
         seq = self.text.seq
-        if seq.params.greedy:
+        if not self._coupled:
             return None
         return Address(seq.params.seed, seq.sample_index, seq.num_output + self.tree.depth[node])
 
@@ -329,15 +332,16 @@ def _draw(kind: Siblings, law: Tensor, wanted: list[tuple[Guess, int]], count: i
     return draw_greedy(law, seqs, nodes, count)
 
 
-def _kind(wanted: str | None, accepts: frozenset[Siblings]) -> Siblings:
-    """Raises ValueError for a kind that this drafter does not draw."""
-    kinds = [Siblings.COUPLED, Siblings.DISTINCT, Siblings.IID, Siblings.GREEDY]
+def _kind(wanted: str | None, preferred: Siblings | None, accepts: frozenset[Siblings]) -> Siblings:
+    """Raises ValueError for an unknown kind."""
     if wanted is None:
-        return next((kind for kind in kinds if kind in accepts), Siblings.COUPLED)
-    for kind in kinds:
-        if kind.value == wanted:
-            return kind
-    raise ValueError(f"draft_model: siblings are one of {', '.join(kind.value for kind in kinds)}, not {wanted!r}")
+        kinds = (Siblings.COUPLED, Siblings.DISTINCT, Siblings.IID, Siblings.GREEDY)
+        return preferred or next((kind for kind in kinds if kind in accepts), Siblings.POINT)
+    try:
+        return Siblings(wanted)
+    except ValueError:
+        known = ", ".join(kind.value for kind in Siblings)
+        raise ValueError(f"draft_model: siblings are one of {known}, not {wanted!r}") from None
 
 
 def _forest(guesses: list[Guess], name: str) -> DraftForest:

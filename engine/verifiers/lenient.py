@@ -28,6 +28,7 @@ class LenientVerifier:
     accepts = frozenset({Siblings.POINT, Siblings.IID, Siblings.DISTINCT, Siblings.GREEDY})
     lossless = False
     anticipates = True
+    prefers = Siblings.IID  # of model drafters: it judges by the draft's law
 
     def __init__(self, siblings: Kinds, coin: Coin = addressed_coin, draw: Draw = gumbel_argmax, lenience: float = 0.7) -> None:
         if not 0 < lenience <= 1:

@@ -28,6 +28,7 @@ class SingleCoinVerifier:
     accepts = frozenset(Siblings)
     lossless = True
     anticipates = True
+    prefers = Siblings.POINT  # of model drafters: its coin knows nothing of the target's noise
 
     def __init__(self, coin: Coin = addressed_coin, draw: Draw = gumbel_argmax) -> None:
         self._coin, self._draw = coin, draw

@@ -28,6 +28,7 @@ class TypicalVerifier:
     accepts = frozenset(Siblings)
     lossless = False
     anticipates = True
+    prefers = Siblings.POINT  # of model drafters
 
     def __init__(self, draw: Draw = gumbel_argmax, epsilon: float = 0.09, delta: float = 0.3) -> None:
         if not (0 < epsilon <= 1 and 0 < delta <= 1):
