@@ -9,8 +9,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from engine.fusion import Tree, forest_of, fuse
 from engine.protocols import NO_SIGNALS, CatchesUp, Drafter, Load, Observed, Policy, Siblings, Signals
 from engine.resting import Bench
@@ -130,7 +128,7 @@ class Drafting:
             self._fallbacks[reason] += 1
         if reason or slow:
             return None
-        depth = int(forest.depth.max(initial=0))
+        depth = max(forest.depth.tolist(), default=0)
         if not caught_up:
             policy.drafted(drafter.name, len(seqs), max(depth, 1), seconds)
         if not depth:
@@ -148,29 +146,23 @@ class Drafting:
         return True
 
     def _fault(self, forest: DraftForest, seqs: list[Sequence], budgets: list[int]) -> str | None:
-        sizes = np.diff(forest.start)
-        if len(sizes) != len(seqs) or forest.start[0] != 0 or (sizes < 1).any() or (sizes - 1 > budgets).any():
+        starts, token, parent, depth = (a.tolist() for a in (forest.start, forest.token, forest.parent, forest.depth))
+        if len(starts) != len(seqs) + 1 or starts[0] != 0 or not len(token) == len(parent) == len(depth) == starts[-1]:
             return "malformed"
-        count = forest.num_nodes
-        rows = (forest.token, forest.parent, forest.depth, forest.confidence, forest.law_row, forest.node_drafter)
-        if any(row is not None and len(row) != count for row in rows) or (forest.law is None) != (forest.law_row is None):
+        for row in (forest.confidence, forest.law_row):
+            if row is not None and row.shape != (len(token),):
+                return "malformed"
+        if (forest.law is None) != (forest.law_row is None):
             return "malformed"
-        if any(row.dtype.kind != "i" for row in (forest.token, forest.parent, forest.depth, forest.start)):
-            return "malformed"
-        if (forest.token[forest.start[:-1]] != [seq.tokens[-1] for seq in seqs]).any():
-            return "malformed"
-        if (forest.token < 0).any() or (forest.token >= self.vocab_size).any():
-            return "vocabulary"
-        first = np.repeat(forest.start[:-1], sizes)
-        local = np.arange(count) - first
-        below = local > 0
-        parent = forest.parent
-        if (parent[~below] != -1).any() or (parent[below] < 0).any() or (parent[below] >= local[below]).any():
-            return "malformed"
-        # Positions follow from depths: a wrong one would change the answer.
-        if (forest.depth != np.where(below, forest.depth[first + np.maximum(parent, 0)] + 1, 0)).any():
-            return "malformed"
-        return None
+        for seq, budget, first, last in zip(seqs, budgets, starts, starts[1:], strict=False):
+            if not 0 < last - first <= budget + 1 or token[first] != seq.tokens[-1] or parent[first] != -1 or depth[first] != 0:
+                return "malformed"
+            for node in range(first + 1, last):
+                up = parent[node]
+                # Positions follow from depths: a wrong one would change the answer.
+                if not 0 <= up < node - first or depth[node] != depth[first + up] + 1:
+                    return "malformed"
+        return "vocabulary" if token and (min(token) < 0 or max(token) >= self.vocab_size) else None
 
     def _raised(self, drafter: Drafter) -> None:
         self._fallbacks["raised"] += 1
@@ -247,9 +239,12 @@ def _gain(forest: DraftForest, index: int) -> float:
 
 
 def _limit(drafter: Drafter, seq: Sequence, budget: int) -> int:
-    """The budget, or 0 where the request does not want this drafter."""
-    wanted = seq.request.speculation.drafters
-    return budget if wanted is None or drafter.name in wanted else 0
+    """The budget, or 0 where the request does not want this drafter, or has nothing for it."""
+    request = seq.request
+    wanted = request.speculation.drafters
+    if wanted is not None and drafter.name not in wanted:
+        return 0
+    return budget if request.prediction_ids or not getattr(drafter, "reports_prediction", False) else 0
 
 
 def _union(needs: list[Signals]) -> Signals:

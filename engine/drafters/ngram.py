@@ -21,6 +21,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+import numpy as np
+
 from engine.protocols import NO_SIGNALS, Observed, Siblings
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
@@ -43,8 +45,12 @@ class NgramDrafter:
         self._indices: dict[int, _Index] = {}
 
     def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
-        chains = [self._chain(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
-        return DraftForest.from_chains([seq.tokens[-1] for seq in seqs], chains, [self.name] * len(chains))
+        found = [self._chain(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
+        chains = [chain for chain, _ in found]
+        forest = DraftForest.from_chains([seq.tokens[-1] for seq in seqs], chains, [self.name] * len(chains))
+        if any(chains):
+            forest.confidence = np.array([c for chain, matched in found for c in confidences(matched, len(chain))], np.float32)
+        return forest
 
     def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
         """The committed tokens are all it learns from; `draft` reads them."""
@@ -52,15 +58,23 @@ class NgramDrafter:
     def forget(self, seq_id: int) -> None:
         self._indices.pop(seq_id, None)
 
-    def _chain(self, seq: Sequence, budget: int) -> list[int]:
+    def _chain(self, seq: Sequence, budget: int) -> tuple[list[int], int]:
+        """What followed, and how many tokens matched."""
         if budget < 1:
-            return []
+            return [], 0
         index = self._indices.get(seq.seq_id)
         if index is None:
             index = self._indices[seq.seq_id] = _Index(self.min_n)
         index.read(seq.tokens)
         start, matched = index.longest(seq.tokens, self.max_n)
-        return continuation(seq.tokens, start, min(budget, self.trust * matched - 1)) if matched else []
+        if not matched:
+            return [], 0
+        return continuation(seq.tokens, start, min(budget, self.trust * matched - 1)), matched
+
+
+def confidences(matched: int, length: int) -> list[float]:
+    """Of the root and the nodes below it: each node that stands makes the match one longer."""
+    return [1.0, *(n / (n + 1) for n in range(matched, matched + length))]
 
 
 def continuation(tokens: list[int], start: int, length: int) -> list[int]:

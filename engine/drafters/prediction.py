@@ -14,6 +14,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence as Seq
 
+import numpy as np
+
 from engine.protocols import NO_SIGNALS, Observed, Siblings
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
@@ -37,13 +39,22 @@ class PredictionDrafter:
 
     def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
         chains = [self._chain(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
-        return DraftForest.from_chains([seq.tokens[-1] for seq in seqs], chains, [self.name] * len(chains))
+        forest = DraftForest.from_chains([seq.tokens[-1] for seq in seqs], chains, [self.name] * len(chains))
+        if any(chains):
+            confidence = [c for seq, chain in zip(seqs, chains, strict=True) for c in self._confidences(seq, len(chain))]
+            forest.confidence = np.array(confidence, np.float32)
+        return forest
 
     def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
         """The committed tokens are all it learns from; `draft` reads them."""
 
     def forget(self, seq_id: int) -> None:
         self._cursors.pop(seq_id, None)
+
+    def _confidences(self, seq: Sequence, length: int) -> list[float]:
+        """Of the root and the nodes below it: each one that stands speaks for the place."""
+        trust = self._cursors[seq.seq_id].trust if length else 0
+        return [1.0, *(n / (n + 0.7) for n in range(trust, trust + length))]
 
     def _chain(self, seq: Sequence, budget: int) -> list[int]:
         if not seq.request.prediction_ids or budget < 1:
@@ -63,7 +74,7 @@ class _Cursor:
         self._read = num_prompt  # committed tokens taken in
         self._at = 0  # the predicted token that should come next
         self._aligned = True
-        self._trust = LONGEST  # tokens in a row that speak for the place
+        self.trust = LONGEST  # tokens in a row that speak for the place
         self._held = LONGEST  # those of them that came after the place was chosen
         self._pause = 0
         self._next_pause = 1
@@ -78,17 +89,17 @@ class _Cursor:
         self._read = len(tokens)
         if not self._aligned:
             return []
-        length = budget if self._trust >= LONGEST else min(budget, 2 * self._trust - 1)
+        length = budget if self.trust >= LONGEST else min(budget, 2 * self.trust - 1)
         return self._prediction[self._at : self._at + length]
 
     def _step(self, tokens: list[int], end: int) -> None:
         """Take in tokens[end - 1]."""
         if self._aligned and self._prediction[self._at : self._at + 1] == tokens[end - 1 : end]:
-            self._settle(self._at + 1, self._trust + 1, self._held + 1)
+            self._settle(self._at + 1, self.trust + 1, self._held + 1)
             if self._held >= LONGEST:
                 self._next_pause = 1
             return
-        replaced = self._aligned and self._trust >= LONGEST
+        replaced = self._aligned and self.trust >= LONGEST
         if self._aligned and self._held == 0:
             self._pause, self._next_pause = self._next_pause, min(2 * self._next_pause, LONGEST_PAUSE)
         self._aligned = False
@@ -103,7 +114,7 @@ class _Cursor:
             self._settle(self._at + 1, 1)
 
     def _settle(self, place: int, trust: int, held: int = 0) -> None:
-        self._at, self._trust, self._held, self._aligned = place, trust, held, True
+        self._at, self.trust, self._held, self._aligned = place, trust, held, True
 
     def _find(self, tokens: list[int], end: int) -> tuple[int, int]:
         """The place right behind the longest match of the last output tokens, the nearest of several; (0, 0) if there is none."""

@@ -31,7 +31,7 @@ from engine.tree import DraftForest, Verdict
 
 Double = NDArray[np.float64]
 
-FREE_SHARE = 0.02  # a drafter that takes less than this share of a step is asked without asking whether it pays
+FREE_SHARE = 0.1  # of a step: a drafter that takes less is asked first, and whether it paid is seen afterwards
 FIRST_BUDGET, LEAST_BUDGET = 8, 4  # nodes
 TO_START = 1.02  # goodput over plain decoding's that starts speculation; going on takes none (hysteresis)
 TO_START_DRAFTER = 1.05  # the same for a drafter that costs
@@ -40,6 +40,7 @@ PROBE_NODES = 2
 LONGEST_CHAIN = 16  # of a drafter that costs
 NEGLIGIBLE_SHARE = 0.005  # of a step: what a drafter may take although it never finds anything
 WORTH_RATE, LONGEST_REST = 0.05, 16
+PRICE_RATE = 0.1
 ERROR_RATE = 0.02
 
 
@@ -56,11 +57,13 @@ class _Record:
 class _Worth:
     """Whether asking a drafter pays: seconds won by the nodes that were kept against seconds spent, moving averages."""
 
+    price: float  # seconds that it takes for one sequence, lately
     won: float = 0.0
     spent: float = 0.0
     rest: int = 1  # steps of the next rest
     left: int = 0  # steps of this one
     took: float | None = None  # spent in this step; None: not asked
+    asked: int = 0
     costly: bool = False  # it is decided before each step whether asking it pays,
     on: bool = False  # and it did
 
@@ -95,6 +98,7 @@ class GoodputPolicy(Policy):
         self._records: dict[int, _Record] = {}
         self._worth: dict[str, _Worth] = {}
         self._probed: set[int] = set()  # sequences for which a drafter that costs was asked to learn
+        self._plain = 1.0  # seconds of the last step without its drafts
         self._credit = 0.0  # seconds that may be spent on probes
         self._speculating = False
 
@@ -111,10 +115,10 @@ class GoodputPolicy(Policy):
         return budgets
 
     def allot(self, drafter: str, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
-        worth = self._worth.setdefault(drafter, _Worth())
-        count = sum(budget > 0 for budget in budgets)
-        step = float(self.cost.verify_seconds(len(seqs) + load.prefill_tokens, load.context_tokens, load.sequences))
-        worth.costly = self.cost.draft_seconds(drafter, count, max(budgets)) > FREE_SHARE * step
+        worth = self._worth.get(drafter)
+        if worth is None:
+            worth = self._worth[drafter] = _Worth(self.cost.draft_seconds(drafter, 1, FIRST_BUDGET))
+        worth.costly = worth.price * sum(budget > 0 for budget in budgets) > FREE_SHARE * self._plain
         if worth.costly:
             return self._allot_costly(drafter, worth, seqs, budgets, gained, load)
         if worth.left:
@@ -126,9 +130,11 @@ class GoodputPolicy(Policy):
         return self.survival.estimate(drafter, [seq.seq_id for seq in seqs], forest)
 
     def drafted(self, drafter: str, sequences: int, depth: int, seconds: float) -> None:
-        self.cost.observe_draft(drafter, sequences, depth, seconds)
-        worth = self._worth.setdefault(drafter, _Worth())
-        worth.took = (worth.took or 0.0) + seconds
+        worth = self._worth[drafter]
+        worth.took, worth.asked = seconds, worth.asked + 1
+        if worth.costly or worth.asked % 16 == 1:  # nobody looks up what a cheap one costs
+            self.cost.observe_draft(drafter, sequences, depth, seconds)
+        worth.price += PRICE_RATE * (seconds / sequences - worth.price)
 
     def trim(self, forest: DraftForest, seqs: Seq[Sequence], load: Load) -> Choice:
         roots, drafts = forest.num_trees, forest.num_drafts
@@ -145,7 +151,8 @@ class GoodputPolicy(Policy):
             choice = self._select(forest, seqs, load, verify)
         else:
             choice = Choice(forest, [0] * roots, [self._nothing(seq) for seq in seqs], float(roots), float(verify[0]))
-        choice.plain_seconds, choice.decode_seconds = plain, decode
+        self._plain = choice.plain_seconds = plain
+        choice.decode_seconds = decode
         self._appraise(choice)
         return choice
 
@@ -243,11 +250,11 @@ class GoodputPolicy(Policy):
     ) -> set[int]:
         """Trees of which some nodes are shown although they do not pay: those unseen for longest, while there is credit."""
         probed, self._probed = self._probed, set()
+        if kept.all():
+            return set()
         starts = forest.start.tolist()
         shown = np.add.reduceat(kept, forest.start[:-1]).tolist()
         hidden = [b for b in range(len(seqs)) if shown[b] == 1 and starts[b + 1] - starts[b] > 1]
-        if not hidden:
-            return set()
         hidden.sort(key=lambda b: (seqs[b].seq_id not in probed, -self._record(seqs[b]).unseen))
         found: set[int] = set()
         count = int(kept.sum()) - len(seqs)
@@ -296,20 +303,20 @@ class GoodputPolicy(Policy):
 
     def _appraise(self, choice: Choice) -> None:
         """Did asking pay? Each drafter is credited with what its kept nodes are worth, less their share of the longer step."""
-        asked = [name for name, worth in self._worth.items() if worth.took is not None]
-        if not asked:
-            return
-        won = dict.fromkeys(asked, 0.0)
+        asked = [worth for worth in self._worth.values() if worth.took is not None]
+        spent = sum(worth.took or 0.0 for worth in asked)
+        negligible = NEGLIGIBLE_SHARE * choice.plain_seconds
+        won: dict[str, float] = {}
         forest = choice.forest
-        if forest.num_drafts and forest.estimate is not None:
+        if spent > negligible and forest.num_drafts and forest.estimate is not None:
             nodes = np.flatnonzero(forest.parent >= 0)
-            spent = sum(self._worth[name].took or 0.0 for name in asked)
             price = (choice.seconds - choice.plain_seconds - spent) / len(nodes)
             value = path_survival(forest, forest.estimate)[nodes] * choice.decode_seconds / forest.num_trees - price
             for name, amount in zip(_owners(forest, nodes), value.tolist(), strict=True):
                 won[name] = won.get(name, 0.0) + amount
-        for name in asked:
-            self._worth[name].settle(won[name], NEGLIGIBLE_SHARE * choice.plain_seconds)
+        for name, worth in self._worth.items():
+            if worth.took is not None:
+                worth.settle(won.get(name, 0.0), negligible)
 
 
 def _owners(forest: DraftForest, nodes: NDArray[np.int64]) -> list[str]:
