@@ -108,6 +108,7 @@ typedef struct {
     bf16 *kv; /* the first layer's cache */
     int64_t kv_stride; /* elements from one layer to the next */
     int begin, end, embed;
+    int rows; /* of one sequence, attended together */
     int64_t *items; /* first attention item of each sequence [B + 1] */
 } Forward;
 
@@ -120,7 +121,7 @@ static inline void rows_norm(Team *team, const Forward *f, const float *weight) 
 
 static void rows_attend(Team *team, const Forward *f, const Attention *a, Scratch *scratch) {
     const Batch *batch = f->batch;
-    const int rows = attention_rows(a);
+    const int rows = f->rows;
     const int64_t total = f->items[batch->B];
     for (int64_t item; (item = team_take(team, 1)) < total;) {
         int low = 0, high = batch->B;
@@ -216,11 +217,15 @@ int outrider_forward(Context *c, const Model *m, const Layer *layers, const Batc
     int64_t *items = malloc(sizeof(int64_t) * (batch->B + 1));
     if (!items) return -1;
     Attention a = {kv, m->heads, m->kv_heads, m->size, m->block, m->window, m->scale};
-    const int rows = attention_rows(&a);
+    /* Rows attended together share their keys' way through the cache; too few items leave members idle. */
+    int rows = attention_rows(&a);
     items[0] = 0;
-    for (int b = 0; b < batch->B; b++)
-        items[b + 1] = items[b] + (int64_t)((batch->first[b + 1] - batch->first[b] + rows - 1) / rows) * m->kv_heads;
-    Forward f = {c, m, layers, batch, x, kv, kv_stride, begin, end, embed, items};
+    for (;; rows = (rows + 1) / 2) {
+        for (int b = 0; b < batch->B; b++)
+            items[b + 1] = items[b] + (int64_t)((batch->first[b + 1] - batch->first[b] + rows - 1) / rows) * m->kv_heads;
+        if (rows == 1 || items[batch->B] >= 3 * c->team->size) break;
+    }
+    Forward f = {c, m, layers, batch, x, kv, kv_stride, begin, end, embed, rows, items};
     team_run(c->team, forward_job, &f);
     free(items);
     return 0;
@@ -255,15 +260,19 @@ int outrider_logits(Context *c, const Model *m, const float *x, const int64_t *r
 
 /* weight [N, K] bf16 -> panels; `other` [N, K]: panels of 16 rows of weight and 16 of other, [2 N, K] in all. K even. */
 void outrider_pack(const bf16 *weight, const bf16 *other, bf16 *panels, int N, int K) {
-    const int rows = other ? PANEL / 2 : PANEL;
+    const int rows = other ? PANEL / 2 : PANEL, pairs = K / 2;
     for (int n = 0; n < N; n += rows)
-        for (int lane = 0; lane < PANEL; lane++) {
-            const int row = n + lane % rows;
-            const bf16 *from = (lane < rows ? weight : other) + (long)row * K;
-            bf16 *to = panels + (long)(n / rows) * PANEL * K + lane * 2;
-            for (int k = 0; k < K; k += 2, to += PANEL * 2) {
-                to[0] = row < N ? from[k] : 0;
-                to[1] = row < N ? from[k + 1] : 0;
+        for (int half = 0; half < 2; half++) {
+            const bf16 *from = other && half ? other : weight;
+            const int first = n + (other ? 0 : 16 * half);
+            __m512i *to = (__m512i *)(panels + (long)(n / rows) * PANEL * K) + half;
+            for (int k = 0; k < pairs; k += 16) {
+                const __mmask16 present = first_lanes(pairs - k);
+                __m512i block[16];
+                for (int i = 0; i < 16; i++)
+                    block[i] = first + i < N ? _mm512_maskz_loadu_epi32(present, from + (long)(first + i) * K + 2 * k) : _mm512_setzero_si512();
+                transpose16(block);
+                for (int i = 0; i < 16 && k + i < pairs; i++) _mm512_storeu_si512(to + 2 * (k + i), block[i]);
             }
         }
 }

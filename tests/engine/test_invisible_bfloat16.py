@@ -1,6 +1,7 @@
-"""The default dtype too: with chains of drafts, whose keys lie in the order of plain decoding, the same bits come out.
+"""The default dtype too: the same bits come out, on the native CPU kernels for any draft tree.
 
-(In a branched tree the keys of wrong siblings lie between those of the path, and bf16 sums over keys may round otherwise.)
+On torch's operators for chains of drafts, whose keys lie in the order of plain decoding: in a branched tree the keys of wrong
+siblings lie between those of the path, and bf16 sums over keys may round otherwise.
 """
 
 from __future__ import annotations
@@ -11,15 +12,21 @@ import pytest
 
 from engine.request import Request
 from engine.worker import Worker
-from tests.engine.real import Answer, answers, load_worker, make_engine
+from kernels.cpu.build import Unavailable, library
+from tests.engine.real import Answer, GarbageDrafter, OracleDrafter, answers, load_worker, make_engine
 from tests.engine.test_invisible import assert_same, make_requests
 
 DRAFTERS = ["prediction", "ngram"]
 
 
-@pytest.fixture(scope="module")
-def worker(smollm2_dir: Path) -> Worker:
-    return load_worker(smollm2_dir, "bfloat16", block_size=8)
+@pytest.fixture(scope="module", params=["native", "torch"])
+def worker(request: pytest.FixtureRequest, smollm2_dir: Path) -> Worker:
+    if request.param == "native":
+        try:
+            library()
+        except Unavailable as unavailable:
+            pytest.skip(f"no native kernels here: {unavailable}")
+    return load_worker(smollm2_dir, "bfloat16", block_size=8, cpu_kernels=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -46,3 +53,14 @@ def test_in_a_batch_after_preemption(worker: Worker, requests: list[Request], al
     stats = engine.stats()
     assert stats.preemptions > 0 and stats.num_accepted_tokens > 0
     assert_same(found, alone)
+
+
+def test_branched_trees(worker: Worker, requests: list[Request], alone: dict[tuple[str, int], Answer]) -> None:
+    if worker.info.backend != "native":
+        pytest.skip("bf16 on torch's operators is bit-equal for chains only")
+    known = {key: answer.tokens for key, answer in alone.items()}
+    for drafter in (GarbageDrafter(worker.info.vocab_size), OracleDrafter(worker.info.vocab_size, known)):
+        engine = make_engine(worker, [drafter], num_blocks=24, budget=12)
+        found = answers(engine, requests)
+        assert engine.stats().num_draft_tokens > 0
+        assert_same(found, alone)
