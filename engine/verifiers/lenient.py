@@ -27,7 +27,7 @@ class LenientVerifier:
     name = "lenient"
     accepts = frozenset({Siblings.POINT, Siblings.IID, Siblings.DISTINCT, Siblings.GREEDY})
     lossless = False
-    anticipates = True
+    anticipates = False  # or the laws would not reach it
     prefers = Siblings.IID  # of model drafters: it judges by the draft's law
 
     def __init__(self, siblings: Kinds, coin: Coin = addressed_coin, draw: Draw = gumbel_argmax, lenience: float = 0.7) -> None:

@@ -47,3 +47,15 @@ def test_no_node_stays_without_its_parent(missing: int) -> None:
     kept[missing] = False
     with pytest.raises(ValueError, match="cut below"):
         _forest().keep(kept)
+
+
+def test_some_trees_of_a_forest() -> None:
+    forest = DraftForest.from_parents([([9, 4, 5], [-1, 0, 1]), ([2], [-1]), ([7, 8], [-1, 0])], ["a", "b", "c"])
+    forest.confidence = np.arange(6, dtype=np.float32)
+    forest.law_row = np.array([0, 1, -1, -1, 2, -1], dtype=np.int32)
+    part = forest.select([2, 0])
+    assert part.start.tolist() == [0, 2, 5] and part.token.tolist() == [7, 8, 9, 4, 5]
+    assert part.parent.tolist() == [-1, 0, -1, 0, 1] and part.drafter == ["c", "a"]
+    assert part.confidence is not None and part.confidence.tolist() == [4, 5, 0, 1, 2]
+    assert part.law_row is not None and part.law_row.tolist() == [2, -1, 0, 1, -1]
+    assert [forest.is_sampled(tree) for tree in range(3)] == [True, False, True]
