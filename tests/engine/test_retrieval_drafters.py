@@ -13,7 +13,7 @@ import torch
 from engine import datastore
 from engine.drafters.rasd import PREFERRED_BYTES, RasdDrafter
 from engine.drafters.rest import RestDrafter
-from engine.protocols import Observed
+from engine.protocols import NO_SIGNALS, Observed, Signals
 from engine.registry import make_drafter
 from engine.request import Request, SamplingParams
 from engine.sequence import Sequence as Seq
@@ -58,11 +58,11 @@ def test_rest_drafts_the_most_frequent_prefixes_with_their_shares(path: Path) ->
 
 
 def test_rest_takes_the_longest_match_alone(path: Path) -> None:
-    drafter = RestDrafter(path, VOCAB, doubt=0)
+    drafter = RestDrafter(path, VOCAB, doubt=0, floor=0)
     assert paths(drafter.draft([sequence([9, 2, 3])], [10])) == {(8,): 1.0}
     assert set(paths(drafter.draft([sequence([40, 2, 3])], [10]))) == {(4,), (4, 5), (7,), (4, 6), (8,)}
     assert drafter.draft([sequence([40, 3])], [10]).num_drafts == 0
-    assert RestDrafter(path, VOCAB, shortest=1).draft([sequence([40, 3])], [10]).num_drafts == 5
+    assert RestDrafter(path, VOCAB, shortest=1, floor=0).draft([sequence([40, 3])], [10]).num_drafts == 5
 
 
 def test_one_occurrence_behind_few_tokens_says_little(path: Path) -> None:
@@ -100,7 +100,7 @@ def test_rasd_lets_the_longer_match_speak_louder(path: Path) -> None:
 
 
 def test_rasd_leaves_out_what_the_target_would_not_begin_with(path: Path) -> None:
-    drafter, seq = RasdDrafter(path, VOCAB, floor=0), sequence([1, 2, 3])
+    drafter, seq = RasdDrafter(path, VOCAB, floor=0, top_k=8), sequence([1, 2, 3])
     judge(drafter, seq, [7, 30, 31, 32, 33, 34, 35, 36])
     assert set(paths(drafter.draft([seq], [10]))) == {(7,)}
     judge(drafter, seq, [30, 31, 32, 33, 34, 35, 36, 37])
@@ -110,14 +110,21 @@ def test_rasd_leaves_out_what_the_target_would_not_begin_with(path: Path) -> Non
     assert set(paths(drafter.draft([sequence([1, 2, 3], 2, "other")], [10]))) == {(4,), (4, 5), (7,), (4, 6)}
 
 
+def test_rasd_asks_for_no_signals_unless_it_prunes(path: Path) -> None:
+    drafter, seq = RasdDrafter(path, VOCAB, floor=0), sequence([1, 2, 3])
+    assert drafter.needs == NO_SIGNALS and RasdDrafter(path, VOCAB, top_k=4).needs == Signals(top_k=4)
+    judge(drafter, seq, [30] * 8)  # asked for by another drafter
+    assert drafter.draft([seq], [10]).num_drafts == 4
+
+
 def test_rasd_prunes_nothing_of_the_own_text(path: Path) -> None:
-    drafter, seq = RasdDrafter(path, VOCAB, floor=0), sequence([1, 2, 3, 20, 60, 1, 2, 3])
+    drafter, seq = RasdDrafter(path, VOCAB, floor=0, top_k=8), sequence([1, 2, 3, 20, 60, 1, 2, 3])
     judge(drafter, seq, [30, 31, 32, 33, 34, 35, 36, 37])
     assert (20,) in paths(drafter.draft([seq], [10])) and (4,) not in paths(drafter.draft([seq], [10]))
 
 
 def test_rasd_learns_from_every_judged_node(path: Path) -> None:
-    drafter = RasdDrafter(path, VOCAB, floor=0)
+    drafter = RasdDrafter(path, VOCAB, floor=0, top_k=8)
     seq = sequence([50, 1])
     forest = DraftForest.from_parents([([1, 2, 60, 3], [-1, 0, 0, 1])], ["other"])
     rows = torch.tensor([[90], [91], [92], [7]]).repeat(1, 8)
@@ -128,7 +135,7 @@ def test_rasd_learns_from_every_judged_node(path: Path) -> None:
 
 
 def test_what_rasd_keeps_is_bounded(path: Path) -> None:
-    drafter = RasdDrafter(path, VOCAB, memory_bytes=64 << 10)
+    drafter = RasdDrafter(path, VOCAB, memory_bytes=64 << 10, top_k=8)
     rng = random.Random(0)
     for i in range(3000):
         judge(drafter, sequence([rng.randrange(VOCAB), rng.randrange(VOCAB)], i, f"tenant {i % 5}"), [rng.randrange(VOCAB)] * 8)
@@ -143,7 +150,7 @@ def test_what_rasd_keeps_is_bounded(path: Path) -> None:
 
 def test_rasd_reads_its_own_text_once_and_finds_what_a_search_finds(path: Path) -> None:
     rng = np.random.default_rng(3)
-    drafter, seq = RasdDrafter(path, VOCAB), sequence([70, 71])
+    drafter, seq = RasdDrafter(path, VOCAB, shortest=2), sequence([70, 71])
     for _ in range(200):
         seq.tokens.append(70 + int(rng.integers(3)))
         drafter.draft([seq], [4])
