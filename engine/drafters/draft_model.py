@@ -256,14 +256,17 @@ class DraftModelDrafter:
         law = torch.softmax(scores, -1)
         # Of the law, never of the tokens: nothing that is decided by it may look at what was drawn.
         chances = law.amax(-1).tolist()
-        usable = [i for i, chance in enumerate(chances) if math.isfinite(chance)]
-        if len(usable) < len(wanted):
-            wanted, law, chances = [wanted[i] for i in usable], law[usable], [chances[i] for i in usable]
-        children, law = _draw(self.siblings, law, wanted, self.branches)
-        for i, ((guess, node), tokens) in enumerate(zip(wanted, children, strict=True)):
-            guess.laws[node] = law[i]
-            for token in tokens[: guess.budget]:
-                guess.tree.add(node, token, chances[i])
+        alike: dict[int, list[int]] = {}
+        for i, (guess, _) in enumerate(wanted):
+            if math.isfinite(chances[i]):
+                alike.setdefault(min(self.branches, guess.budget), []).append(i)
+        for count, rows in alike.items():
+            nodes = [wanted[i] for i in rows]
+            children, drawn_from = _draw(self.siblings, law if len(rows) == len(law) else law[rows], nodes, count)
+            for (guess, node), tokens, row, i in zip(nodes, children, drawn_from, rows, strict=True):
+                guess.laws[node] = row
+                for token in tokens:
+                    guess.tree.add(node, token, chances[i])
 
 
 def margin_chances(values: Seq[float]) -> list[float]:
