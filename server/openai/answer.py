@@ -14,7 +14,7 @@ from server.openai.generation import Generation
 from server.openai.logprobs import for_prompt
 from server.openai.report import speculation_report
 from server.openai.sampling import SamplingFields
-from server.openai.speculation import is_lossless, most_nodes
+from server.openai.speculation import is_lossless
 from server.openai.sse import DONE
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class Answer(ABC):
     def _speculation(self) -> dict[str, Any]:
         info, chosen = self.front.info, self.speculation
         usages = [choice.usage for choice in self.generation.choices if choice.usage is not None]
-        limit = 0 if chosen.off else min(chosen.max_nodes or most_nodes(info), most_nodes(info))
+        limit = 0 if chosen.off else min(chosen.max_nodes or info.max_budget, info.max_budget)
         verifier = chosen.verifier or info.verifier
         return speculation_report(usages, num_spec_tokens=limit, verifier=verifier, lossless=self.lossless)
 

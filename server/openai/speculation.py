@@ -26,11 +26,8 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-Names = Annotated[
-    list[Name],
-    Field(min_length=1, max_length=MAX_NAMES, fail_fast=True),
-    BeforeValidator(_as_list, json_schema_input_type=Name | list[Name]),
-]
+NameList = Annotated[list[Name], Field(min_length=1, max_length=MAX_NAMES, fail_fast=True)]
+Names = Annotated[NameList, BeforeValidator(_as_list, json_schema_input_type=Name | NameList)]
 
 
 class SpeculationFields(Strict):
@@ -61,7 +58,7 @@ def to_speculation(fields: SpeculationFields | None, info: EngineInfo) -> Specul
         raise _unknown("drafter", info.drafters)
     if fields.verifier is not None and fields.verifier not in (verifiers := selectable(info)):
         raise _unknown("verifier", verifiers)
-    limit = most_nodes(info)
+    limit = info.max_budget
     if fields.max_nodes is not None and fields.max_nodes > limit:
         message = f"Invalid 'speculation.max_nodes': this server drafts at most {limit} nodes per step."
         raise invalid(message, "speculation.max_nodes")
@@ -74,11 +71,6 @@ def to_speculation(fields: SpeculationFields | None, info: EngineInfo) -> Specul
 def selectable(info: EngineInfo) -> list[str]:
     """The verifiers a request may name: the server's own and the lossless ones beside it."""
     return list(dict.fromkeys([info.verifier, *info.verifiers]))
-
-
-def most_nodes(info: EngineInfo) -> int:
-    """Draft nodes that one sequence may have in one step."""
-    return info.max_budget or info.budget
 
 
 def is_lossless(speculation: Speculation, info: EngineInfo) -> bool:

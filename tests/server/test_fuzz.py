@@ -29,6 +29,8 @@ GOOD: dict[str, Any] = {
     "stream_options": {"include_usage": True},
     "prediction": {"type": "content", "content": "x"},
     "logit_bias": {"5": 1},
+    "speculation": {"drafter": "ngram", "max_nodes": 3, "verifier": "coin"},
+    "include_speculation": True,
 }
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, 2, 20, 128, 511, 512, 49151, 49152, 1 << 31, 1 << 63, 1 << 64])
 JSON = st.recursive(
