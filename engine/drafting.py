@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SLOW_SECONDS = 1.0  # a guess that took longer is dropped, and its drafter benched
+SLOW_SECONDS = 1.0  # a guess that took longer is dropped, and its drafter benched (`CatchesUp.patience`: one that costs)
+DEBT_DRAFTS = 32
 SAMPLED = frozenset({Siblings.IID, Siblings.DISTINCT, Siblings.GREEDY})
 NO_LOAD = Load(0, 0, 0)
 
@@ -55,6 +56,7 @@ class Drafting:
         self._clock, self._slow_seconds = clock, slow_seconds
         self._fallbacks: Counter[str] = Counter()
         self._seconds: dict[str, float] = {}
+        self._debts: dict[str, float] = {}  # seconds of catching up that no draft has paid for yet
         self._benches = {id(d): Bench() for d in self.drafters}
         self._catching = {id(d): d for d in self.drafters if isinstance(d, CatchesUp)}
 
@@ -124,13 +126,17 @@ class Drafting:
             self._seconds[drafter.name] = self._seconds.get(drafter.name, 0.0) + seconds
             caught_up = self._catching[id(drafter)].take_catch_up() if id(drafter) in self._catching else 0.0
             slow = self._took(drafter, seconds - caught_up)
+            self._debts[drafter.name] = self._debts.get(drafter.name, 0.0) + caught_up
         if reason:
             self._fallbacks[reason] += 1
         if reason or slow:
             return None
         depth = max(forest.depth.tolist(), default=0)
         if not caught_up:
-            policy.drafted(drafter.name, len(seqs), max(depth, 1), seconds)
+            # What catching up took is paid for by the drafts that it made possible.
+            paid = self._debts[drafter.name] / DEBT_DRAFTS
+            self._debts[drafter.name] -= paid
+            policy.drafted(drafter.name, len(seqs), max(depth, 1), seconds + paid)
         if not depth:
             return None
         forest.estimate = policy.estimate(drafter.name, seqs, forest)
@@ -138,7 +144,8 @@ class Drafting:
 
     def _took(self, drafter: Drafter, seconds: float, *, observing: bool = False) -> bool:
         """Whether that was too long; if so the drafter rests."""
-        if seconds <= self._slow_seconds:
+        patience = self._catching[id(drafter)].patience if id(drafter) in self._catching else 0.0
+        if seconds <= max(self._slow_seconds, patience):
             return False
         rest = self._benches[id(drafter)].send(self._clock(), observing=observing)
         self._fallbacks["slow"] += 1

@@ -75,10 +75,12 @@ class Drafter(Protocol):
 class CatchesUp(Protocol):
     """A drafter with a state of its own that falls behind while it is not asked, and catches up, within limits, when it is.
 
-    `costly`: every depth of a draft costs a forward, so that whether to draft has to be decided before.
+    `costly`: every depth of a draft costs a forward, so that whether to draft has to be decided before. `patience`: seconds
+    that a draft may take, catching up not counted, until it is a drafter that hangs.
     """
 
     costly: bool
+    patience: float
 
     def backlog(self, seq: Sequence) -> int:
         """Committed tokens that it has to read before it can draft for this sequence, the root not counted."""

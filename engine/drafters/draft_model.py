@@ -72,7 +72,8 @@ class DraftModelDrafter:
 
     name = "draft_model"
     needs = NO_SIGNALS
-    costly = True  # every depth costs a forward: whether to draft must be decided before
+    costly = True
+    patience = 4.0  # seconds: several forwards of a model on a busy machine
 
     def __init__(
         self,
@@ -86,7 +87,7 @@ class DraftModelDrafter:
         width: int = 1,
         least: float = 0.05,
         catch_up: int = 512,
-        catch_up_seconds: float = 0.1,
+        catch_up_seconds: float = 0.05,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if draft_model is None:
