@@ -65,11 +65,13 @@ class RecordingDrafter:
         """The rows are what this is for."""
 
 
-def record(model: str, prompts: Iterable[Prompt], length: int, temperatures: Sequence[float], samples: int) -> list[Recorded]:
+def record(
+    model: str, prompts: Iterable[Prompt], length: int, temperatures: Sequence[float], samples: int, threads: int | None = None
+) -> list[Recorded]:
     """Ask the model, undrafted: one greedy answer and `samples` of each other temperature per prompt, up to `length` tokens."""
     registry.DRAFTERS.setdefault("recording", "bench.recording:RecordingDrafter")
     RecordingDrafter.rows.clear()
-    config = EngineConfig(model=model, drafters=["recording"], policy="off", max_num_seqs=24)
+    config = EngineConfig(model=model, drafters=["recording"], policy="off", max_num_seqs=24, num_threads=threads, profile=False)
     engine = Engine(config, LocalExecutor(config))
     tokenizer = Tokenizer.load(model)
     asked: dict[str, tuple[Prompt, Request]] = {}
@@ -97,7 +99,7 @@ def record(model: str, prompts: Iterable[Prompt], length: int, temperatures: Seq
                 top_ids=[ids for ids, _ in rows], top_logits=[[round(x, 3) for x in logits] for _, logits in rows],
             )
         )  # fmt: skip
-    engine.executor.close()
+    engine.close()
     return found
 
 

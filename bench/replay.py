@@ -196,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--prompts", type=Path, help="a file of questions (default: our own)")
     add("--most", type=int, default=28, help="prompts, their categories taking turns")
     add("--tokens", type=int, default=128, help="of each answer")
+    add("--threads", type=int, help="default: all cores")
     add("--samples", type=int, default=2, help="answers per prompt at T = 0.7")
     add = commands.add_parser("run", help="replay drafters").add_argument
     add("file", type=Path, help="a recording, or a data file with written answers")
@@ -213,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.command == "record":
         prompts = mixed(load(options.prompts) if options.prompts else load())[: options.most]
-        found = record(options.model, prompts, options.tokens, [0.0, 0.7], options.samples)
+        found = record(options.model, prompts, options.tokens, [0.0, 0.7], options.samples, options.threads)
         write(options.out, found)
         print(f"{len(found)} answers, {sum(len(one.answer) for one in found)} tokens: {options.out}")
         return 0
