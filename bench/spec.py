@@ -1,7 +1,8 @@
 """Spec-Bench's questions through a live server, with speculation and without, side by side: `python -m bench.spec`.
 
 Each question is asked twice on the same server, once with `speculation: "off"`, the two in turns, so that a busy machine
-slows both. Only the first turn of a question is asked. The two arms share no cache and no learned drafts (`cache_salt`).
+slows both. Only the first turn of a question is asked. The two arms share no cache and no learned drafts, neither with each
+other nor with the warm-up or an earlier run (`cache_salt`): every question is asked for the first time.
 One table row per category (Spec-Bench's six: MT-bench's eight subjects are one), JSON to bench/out/spec.jsonl, and, where
 matplotlib is installed, a picture of acceptance by position.
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -189,28 +191,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def asks(options: argparse.Namespace, model: str) -> tuple[Ask, Ask]:
+def asks(options: argparse.Namespace, model: str, run_id: str) -> tuple[Ask, Ask]:
     """How the arm without speculation and the arm with it ask."""
     chosen: dict[str, Any] = {"max_nodes": options.max_nodes, "verifier": options.verifier}
     if options.drafter:
         chosen["drafter"] = options.drafter.split(",")
     seed = 0 if options.temperature > 0 else None
 
-    def ask(speculation: object, salt: str) -> Ask:
-        extra = {"speculation": speculation, "include_speculation": True, "cache_salt": salt}
+    def ask(speculation: object, arm: str) -> Ask:
+        extra = {"speculation": speculation, "include_speculation": True, "cache_salt": f"spec-{run_id}-{arm}"}
         return Ask(model, options.max_tokens, options.temperature, seed, extra=extra)
 
-    return ask("off", "spec-off"), ask({name: value for name, value in chosen.items() if value is not None}, "spec-on")
+    return ask("off", "off"), ask({name: value for name, value in chosen.items() if value is not None}, "on")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     endpoint = Endpoint(options.base_url, options.api_key)
     model = options.model or first_model(endpoint)
-    off, on = asks(options, model)
+    off, on = asks(options, model, uuid.uuid4().hex)
     groups = subset(load(options.file, options.category), options.per_category)
     asked = [prompt for prompts in groups.values() for prompt in prompts]
-    measure(endpoint, off, on, asked[: options.warmup], 1, options.timeout)
+    measure(endpoint, *asks(options, model, "{unique}"), asked[: options.warmup], 1, options.timeout)
     everything = Arm(), Arm()
     rows = []
     for name, prompts in groups.items():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import spec, spec_picture
+from bench import serve, spec, spec_picture
 from bench.arithmetic import Answer
 from bench.client import Endpoint
 from bench.load import Ask, Run
@@ -93,11 +94,32 @@ def test_the_arms_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_the_arms_ask() -> None:
     options = spec._parser().parse_args(["--drafter", "ngram,suffix", "--max-nodes", "0"])
-    off, on = asks(options, "m")
-    assert off.extra == {"speculation": "off", "include_speculation": True, "cache_salt": "spec-off"}
+    off, on = asks(options, "m", "5")
+    assert off.extra == {"speculation": "off", "include_speculation": True, "cache_salt": "spec-5-off"}
     assert on.extra["speculation"] == {"max_nodes": 0, "drafter": ["ngram", "suffix"]}
-    assert on.extra["cache_salt"] != off.extra["cache_salt"]
-    assert asks(spec._parser().parse_args([]), "m")[1].extra["speculation"] == {}
+    assert on.extra["cache_salt"] == "spec-5-on"
+    assert asks(spec._parser().parse_args([]), "m", "5")[1].extra["speculation"] == {}
+
+
+def test_nothing_learned_before_serves_the_measurement(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Neither the warm-up, which asks the same questions, nor an earlier run on the same server."""
+    salts: list[str] = []
+
+    async def run(endpoint: Endpoint, ask: Ask, prompts: list[Prompt], **options: Any) -> Run:
+        salts.extend(json.loads(ask.body(prompt))["cache_salt"] for prompt in prompts)
+        return Run([answer(prompt.id, 1.0, **report(1, 0, [])) for prompt in prompts], 1.0, 0.0)
+
+    monkeypatch.setattr(spec, "run", run)
+    monkeypatch.setattr(serve.append, "__defaults__", (tmp_path,))
+    (tmp_path / "q").write_text("".join(json.dumps({"category": "qa", "question": text}) + "\n" for text in "abc"))
+    for _ in range(2):
+        assert spec.main(["--model", "m", "--file", str(tmp_path / "q"), "--picture", str(tmp_path / "p.png")]) == 0
+    for first in (0, 10):
+        warm, measured = salts[first : first + 4], salts[first + 4 : first + 10]
+        assert len(set(warm)) == 4
+        assert sorted(measured.count(salt) for salt in set(measured)) == [3, 3]
+        assert not set(warm) & set(measured)
+    assert len(set(salts)) == 2 * (4 + 2)
 
 
 def test_a_picture_needs_matplotlib_and_nothing_else_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
