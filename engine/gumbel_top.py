@@ -9,6 +9,7 @@ engine/gumbel_max.py.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import numpy as np
 import torch
@@ -31,6 +32,11 @@ def gumbel_top(scores: Tensor, addresses: Sequence[Address | None], count: int) 
             _top(row, count) if address is None else _race(row, address, count)
             for row, address in zip(values, addresses, strict=True)
         ]
+    return top_by_noise_for_all(scores, addresses, count)
+
+
+def top_by_noise_for_all(scores: Tensor, addresses: Sequence[Address | None], count: int) -> list[Ranked]:
+    """The same with noise for every token, all rows at once: what a GPU runs."""
     perturbed = scores.float()
     noisy = [i for i, address in enumerate(addresses) if address is not None]
     if noisy:
@@ -39,14 +45,13 @@ def gumbel_top(scores: Tensor, addresses: Sequence[Address | None], count: int) 
             *((a.seed, a.sample, a.position, a.stream) for a in addresses if a is not None), strict=True
         )
         tokens = torch.arange(scores.shape[1], device=scores.device).expand(len(noisy), -1)
-        perturbed = perturbed.clone()
-        perturbed[rows] += gumbel(seeds, samples, positions, tokens, stream=streams)
+        perturbed = perturbed.index_add(0, rows, gumbel(seeds, samples, positions, tokens, stream=streams))
     best, ids = perturbed.topk(min(count, scores.shape[1]), dim=-1)
-    usable = torch.isfinite(best[:, :1])
-    return [
-        ([t for t, v in zip(ts, vs, strict=True) if v > -np.inf], [v for v in vs if v > -np.inf]) if ok else ([], [])
-        for ts, vs, [ok] in zip(ids.tolist(), best.tolist(), usable.tolist(), strict=True)
-    ]
+    ranked: list[Ranked] = []
+    for row_ids, row in zip(ids.tolist(), best.tolist(), strict=True):
+        finite = sum(map(isfinite, row)) if isfinite(row[0]) else 0  # NaN and infinity come first
+        ranked.append((row_ids[:finite], row[:finite]))
+    return ranked
 
 
 def _top(row: np.ndarray, count: int) -> Ranked:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from engine.draft_law import DraftLaw
 from engine.draft_tree import DraftTree
 from engine.drafters.draft_model import margin_chances
 from engine.gumbel_max import Address, gumbel_argmax
-from engine.gumbel_top import gumbel_top
+from engine.gumbel_top import Ranked, gumbel_top, top_by_noise_for_all
 from engine.kv_ledger import KVLedger
 from engine.noise import draft_stream, gumbel
 from engine.pace import Pace
@@ -63,13 +64,24 @@ def test_without_noise_the_likeliest() -> None:
         assert tokens == row.topk(4).indices.tolist() and values == pytest.approx(row.topk(4).values.tolist())
 
 
+def test_a_gpus_way_finds_the_same() -> None:
+    rows = scores(4, 2.0)
+    rows[3, 3:] = -math.inf
+    addresses = [Address(7, 0, 1), None, Address(8, 1, 2), Address(9, 0, 0)]
+    for (tokens, values), (others, reached) in zip(
+        gumbel_top(rows, addresses, 5), top_by_noise_for_all(rows, addresses, 5), strict=True
+    ):
+        assert tokens == others and values == pytest.approx(reached)
+
+
+@pytest.mark.parametrize("way", [gumbel_top, top_by_noise_for_all])
 @pytest.mark.parametrize("address", [None, Address(1, 0, 0)])
-def test_unusable_rows_give_nothing(address: Address | None) -> None:
+def test_unusable_rows_give_nothing(address: Address | None, way: Callable[..., list[Ranked]]) -> None:
     rows = scores(3, 1.0)
     rows[0, 3] = math.nan
     rows[1] = -math.inf
     rows[2, 9] = math.inf
-    assert gumbel_top(rows, [address] * 3, 2) == [([], [])] * 3
+    assert way(rows, [address] * 3, 2) == [([], [])] * 3
 
 
 # ---- the tree
