@@ -98,13 +98,14 @@ def select(survival: Double, verify: Double, roots: int, limit: float = np.inf, 
     np.cumsum(survival[order], out=tokens[1:])
     tokens[1:] += roots
     goodput = tokens / verify
-    free = int(goodput.argmax())
+    free = count = int(goodput.argmax())
     if limit < np.inf:
         goodput[1:][verify[1:] > limit] = -np.inf
-    count = int(goodput.argmax())
+        count = int(goodput.argmax())
+    limited = free > count
     gain = float(goodput[count] / goodput[0]) if roots else 1.0
     if gain < margin:
         count = 0
     kept = np.zeros(len(survival), dtype=bool)
     kept[order[:count]] = True
-    return Selection(kept, count, float(tokens[count]), float(verify[count]), gain, free > count)
+    return Selection(kept, count, float(tokens[count]), float(verify[count]), gain, limited)

@@ -36,7 +36,9 @@ FIRST_BUDGET, LEAST_BUDGET = 8, 4  # nodes
 TO_START = 1.02  # goodput over plain decoding's that starts speculation; going on takes none (hysteresis)
 TO_START_DRAFTER = 1.05  # the same for a drafter that costs
 PROBE_SHARE = 0.005  # of the time goes to drafts that would not pay by what is known
-PROBE_NODES = 2
+PROBE_NODES = 1
+TRIAL = 3.0  # tokens' time that is risked on getting to know a new sequence
+MOST_CREDIT = 2.0  # steps that may be lost on them at once
 LONGEST_CHAIN = 16  # of a drafter that costs
 NEGLIGIBLE_SHARE = 0.005  # of a step: what a drafter may take although it never finds anything
 WORTH_RATE, LONGEST_REST = 0.05, 16
@@ -51,6 +53,7 @@ class _Record:
     budget: int = FIRST_BUDGET  # nodes it may draft
     asked: int = 0  # and those it was given in this step
     unseen: int = 0  # steps since a draft of it was shown
+    seen: int = 0  # steps in which one was
 
 
 @dataclass(slots=True)
@@ -70,11 +73,14 @@ class _Worth:
     def settle(self, won: float, negligible: float) -> None:
         """A step in which it was asked is over; a drafter that takes less than `negligible` seconds never rests."""
         took, self.took = self.took or 0.0, None
-        self.won += WORTH_RATE * (won - self.won)
+        if took <= negligible:
+            self.won, self.spent, self.rest = 0.0, 0.0, 1
+            return
+        self.won += WORTH_RATE * (max(won, 0.0) - self.won)
         self.spent += WORTH_RATE * (took - self.spent)
         if won >= took:
             self.rest, self.won = 1, max(self.won, self.spent)
-        elif self.won < self.spent and self.spent > negligible and not self.costly:
+        elif self.won < self.spent and not self.costly:
             self.left, self.rest = self.rest, min(2 * self.rest, LONGEST_REST)
 
 
@@ -99,7 +105,10 @@ class GoodputPolicy(Policy):
         self._worth: dict[str, _Worth] = {}
         self._probed: set[int] = set()  # sequences for which a drafter that costs was asked to learn
         self._plain = 1.0  # seconds of the last step without its drafts
-        self._credit = 0.0  # seconds that may be spent on probes
+        self._second = 0.0  # seconds that one token was worth in it
+        self._newcomers = 0  # sequences that came since
+        self._on_trial: list[tuple[int, float]] = []  # trees of the step that are probes, and tokens expected of them
+        self._credit = 0.0  # seconds that may be lost on probes
         self._speculating = False
 
     @property
@@ -146,18 +155,23 @@ class GoodputPolicy(Policy):
         decode = plain
         if load.prefill_tokens:
             decode = float(self.cost.verify_seconds(roots, load.context_tokens, roots))
-        self._credit = min(self._credit + PROBE_SHARE * plain, 0.2 * plain)
+        self._plain, self._second = plain, decode / roots
+        self._credit = min(self._credit + PROBE_SHARE * plain, max(MOST_CREDIT * plain, self._credit))
+        self._credit += TRIAL * self._second * self._newcomers
+        self._newcomers = 0
         if drafts:
             choice = self._select(forest, seqs, load, verify)
         else:
             choice = Choice(forest, [0] * roots, [self._nothing(seq) for seq in seqs], float(roots), float(verify[0]))
-        self._plain = choice.plain_seconds = plain
-        choice.decode_seconds = decode
+        choice.plain_seconds, choice.decode_seconds = plain, decode
         self._appraise(choice)
         return choice
 
     def learn(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict) -> None:
         self.survival.learn([seq.seq_id for seq in seqs], forest, verdict)
+        for tree, expected in self._on_trial:  # a probe that pays makes room for the next
+            self._credit += self._second * (len(verdict.nodes[tree]) - expected)
+        self._on_trial = []
 
     def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         prompt = sum(row.num_new for row in plan.rows) - sum(bool(row.token_ids) for row in result.rows)
@@ -178,6 +192,7 @@ class GoodputPolicy(Policy):
         record = self._records.get(seq.seq_id)
         if record is None:
             record = self._records[seq.seq_id] = _Record()
+            self._newcomers += 1
         return record
 
     # ---- before drafting: a drafter that costs
@@ -255,22 +270,28 @@ class GoodputPolicy(Policy):
         starts = forest.start.tolist()
         shown = np.add.reduceat(kept, forest.start[:-1]).tolist()
         hidden = [b for b in range(len(seqs)) if shown[b] == 1 and starts[b + 1] - starts[b] > 1]
-        hidden.sort(key=lambda b: (seqs[b].seq_id not in probed, -self._record(seqs[b]).unseen))
+        hidden.sort(key=lambda b: self._turn(seqs[b], probed))
         found: set[int] = set()
         count = int(kept.sum()) - len(seqs)
-        second = float(verify[0]) / len(seqs)  # what a token is worth
         for b in hidden:
             part = np.arange(starts[b] + 1, starts[b + 1])
             best = part[np.argsort(-survival[part], kind="stable")[:PROBE_NODES]]
-            price = float(verify[count + len(best)] - verify[count]) - second * float(survival[best].sum())
+            expected = float(survival[best].sum())
+            price = float(verify[count + len(best)] - verify[count]) - self._second * expected
             owed = seqs[b].seq_id in probed
             if (price > self._credit and not owed) or verify[count + len(best)] > self.limit:
                 break
-            self._credit -= max(price, 0.0)
+            self._credit -= price
+            self._on_trial.append((b, expected))
             kept[best] = True
             count += len(best)
             found.add(b)
         return found
+
+    def _turn(self, seq: Sequence, probed: set[int]) -> tuple[bool, bool, int]:
+        """Whose drafts are shown first: those that were paid for, those of which little was seen, those longest unseen."""
+        record = self._record(seq)
+        return seq.seq_id not in probed, record.seen >= TRIAL, -record.unseen
 
     def _reasons(
         self, seqs: Seq[Sequence], offered: list[int], dropped: list[int], probes: set[int], chosen: Selection
@@ -295,7 +316,7 @@ class GoodputPolicy(Policy):
             if not had:
                 continue
             record = self._record(seq)
-            record.unseen = 0 if used else record.unseen + 1
+            record.unseen, record.seen = (0, record.seen + 1) if used else (record.unseen + 1, record.seen)
             if used == had >= record.budget:
                 record.budget = min(2 * record.budget, self.max_budget)
             elif used < had:
