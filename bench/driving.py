@@ -63,6 +63,7 @@ def compare(arms: Sequence[Arm], groups: Sequence[Sequence[Workload]], rounds: i
     """Run everything, write the records, and answer how many starts failed."""
     OUT.mkdir(exist_ok=True)
     run, failures = time.strftime("%Y-%m-%dT%H:%M:%S"), 0
+    note = {**note, "part": part, **process.machine()}  # once: the run has the commit that it began with
     for number in range(1, rounds + 1):
         for group in groups:
             for arm in arms if number % 2 else list(reversed(arms)):
@@ -77,7 +78,7 @@ def compare(arms: Sequence[Arm], groups: Sequence[Sequence[Workload]], rounds: i
                     failures += 1
                     continue
                 record = Record(arm.name, arm.kind, run, number, *outcome)
-                append("peers", {**note, "part": part, **{name: getattr(record, name) for name in Record.__dataclass_fields__}})
+                append("peers", {**note, **{name: getattr(record, name) for name in Record.__dataclass_fields__}})
     return failures
 
 

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 POLITE = ("nice", "-n", "19")
@@ -37,7 +38,9 @@ class Environment:
         """One pip command, on the index that this machine is configured with. Raises CalledProcessError."""
         self.run([str(self.python), "-m", "pip", "--disable-pip-version-check", *arguments])
 
-    def run(self, command: Sequence[str]) -> None:
-        """With its programs first on the path, one compiler at a time, and out of everybody's way."""
+    def run(self, command: Sequence[str], log: Path | None = None) -> None:
+        """With its programs first on the path, one compiler at a time, and out of everybody's way; what it says to `log`."""
         path = f"{self.root / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
-        subprocess.run([*POLITE, *command], env=os.environ | {"PATH": path, "CMAKE_BUILD_PARALLEL_LEVEL": "1"}, check=True)
+        variables = os.environ | {"PATH": path, "CMAKE_BUILD_PARALLEL_LEVEL": "1"}
+        with log.open("ab") if log else nullcontext() as output:
+            subprocess.run([*POLITE, *command], env=variables, stdout=output, stderr=output and subprocess.STDOUT, check=True)

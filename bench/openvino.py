@@ -6,6 +6,7 @@ in bf16 where the processor can; `int8` is its 8-bit export, other weights than 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,7 +34,10 @@ def exported(model: Path, folder: Path, form: str) -> Path:
     if not (target / "openvino_model.bin").exists():
         program = str(home.python.parent / "optimum-cli")
         task = ("--task", "text-generation-with-past", "--weight-format", form)
-        home.run([program, "export", "openvino", "--model", str(model), *task, str(target)])
+        partial = target.with_name(target.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        home.run([program, "export", "openvino", "--model", str(model), *task, str(partial)], folder / "openvino.log")
+        partial.replace(target)
     return target
 
 
