@@ -1,21 +1,20 @@
 /* A team of threads that works through one job together: the caller is member 0.
  *
- * A decode step has some 240 phases of 5 to 100 microseconds, so members meet at spinning barriers. Whoever waits long gives
- * its core away: on a small machine the process that feeds us needs one too, and a spinning thread would keep it.
+ * A decode step has some 240 phases of 5 to 100 microseconds, so members meet at spinning barriers. Whoever waits longer
+ * sleeps: another process has the late member's core then, and on a small machine that is likely the one that feeds us.
  */
 #pragma once
 #include <immintrin.h>
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { SPINS_BARRIER = 4000, SPINS_IDLE = 2000 }; /* pauses, about 10 ns each */
+enum { SPINS = 4000 }; /* pauses, 10 to 40 ns each, before a waiting thread sleeps */
 
 typedef struct Team Team;
 typedef void (*Job)(Team *team, int member, void *argument);
@@ -29,6 +28,7 @@ struct Team {
     atomic_int sleepers;
     _Alignas(64) atomic_int arrived;
     _Alignas(64) atomic_int phase;
+    atomic_int dozing; /* members asleep at a barrier */
     _Alignas(64) atomic_int next[2]; /* the shared work counters of even and odd phases */
 };
 
@@ -47,14 +47,18 @@ static inline void team_barrier(Team *team) {
     if (atomic_fetch_add_explicit(&team->arrived, 1, memory_order_acq_rel) == team->size - 1) {
         atomic_store_explicit(&team->arrived, 0, memory_order_relaxed);
         atomic_store_explicit(&team->next[phase & 1], 0, memory_order_relaxed);
-        atomic_store_explicit(&team->phase, phase + 1, memory_order_release);
+        atomic_store(&team->phase, phase + 1);
+        if (atomic_load(&team->dozing)) team_futex(&team->phase, FUTEX_WAKE, INT_MAX);
         return;
     }
     for (int spins = 0; atomic_load_explicit(&team->phase, memory_order_acquire) == phase; spins++) {
-        if (spins < SPINS_BARRIER)
+        if (spins < SPINS) {
             _mm_pause();
-        else
-            sched_yield();
+            continue;
+        }
+        atomic_fetch_add(&team->dozing, 1);
+        if (atomic_load(&team->phase) == phase) team_futex(&team->phase, FUTEX_WAIT, phase);
+        atomic_fetch_sub(&team->dozing, 1);
     }
 }
 
@@ -72,7 +76,7 @@ static void *team_main(void *pointer) {
     for (;;) {
         int spins = 0, generation;
         while ((generation = atomic_load_explicit(&team->generation, memory_order_acquire)) == done) {
-            if (++spins < SPINS_IDLE) {
+            if (++spins < SPINS) {
                 _mm_pause();
                 continue;
             }
@@ -108,6 +112,7 @@ static Team *team_new(int size) {
     atomic_init(&team->sleepers, 0);
     atomic_init(&team->arrived, 0);
     atomic_init(&team->phase, 0);
+    atomic_init(&team->dozing, 0);
     atomic_init(&team->next[0], 0);
     atomic_init(&team->next[1], 0);
     for (int i = 1; i < size; i++) {
