@@ -23,6 +23,7 @@ from engine.tree import DraftForest
 from engine.worker import Worker
 from tests.engine.models import tiny
 from tests.engine.pairs import (
+    BLOCK,
     Pair,
     alone,
     alternate,
@@ -187,6 +188,17 @@ def test_right_in_blocks_that_others_left(pair: Pair) -> None:
         found.setdefault((delta.request_id, delta.index), []).extend(delta.token_ids)
     assert gone and len(gone) < len(named)
     assert all(found[key] == value for key, value in expected.items() if key[0] not in gone)
+    assert_all_accepted(engine)
+
+
+def test_right_when_a_text_returns_to_a_block_that_another_wrote_into(pair: Pair) -> None:
+    """Block by block the same beginning, and a block that was whole, half overwritten, and is asked for again."""
+    engine = make_engine(pair.target, pair.target, CHAIN, enable_prefix_caching=False)
+    begin = list(range(10, 10 + 3 * BLOCK))
+    whole = request("whole", [*begin, *range(40, 40 + BLOCK), 5], max_tokens=12, temperature=0.0, ignore_eos=True)
+    half = request("half", [*begin, 70, 71], max_tokens=4, temperature=0.0, ignore_eos=True)
+    for one in (whole, half, whole):
+        answers(engine, [one])
     assert_all_accepted(engine)
 
 
