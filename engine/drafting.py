@@ -58,11 +58,13 @@ class Drafting:
         self._seconds: dict[str, float] = {}
         self._debts: dict[str, float] = {}  # seconds of catching up that no draft has paid for yet
         self._benches = {id(d): Bench() for d in self.drafters}
+        self.stale: set[int] = set()  # sequences for which a drafter had nothing in the last step because it is behind
         self._catching = {id(d): d for d in self.drafters if isinstance(d, CatchesUp)}
 
     def draft(self, seqs: Seq[Sequence], budgets: Seq[int], policy: Policy | None = None, load: Load = NO_LOAD) -> DraftForest:
         """One tree per sequence, rooted at its last committed token, at most budgets[b] nodes below the root."""
         roots = [seq.tokens[-1] for seq in seqs]
+        self.stale.clear()
         if not any(budgets):
             return DraftForest.roots(roots)
         policy = policy or FirstWins()
@@ -81,6 +83,9 @@ class Drafting:
             forest = self._ask(drafter, [seqs[b] for b in owners], [asked[b] for b in owners], policy)
             if forest is not None:
                 answers.add(forest, owners, drafter.name)
+            if id(drafter) in self._catching:
+                behind = self._catching[id(drafter)].backlog
+                self.stale |= {seqs[b].seq_id for b in owners if answers.gained[b] is None and behind(seqs[b]) > 0}
         return answers.forest(roots, budgets)
 
     def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:

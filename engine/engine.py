@@ -9,7 +9,7 @@ from engine.blocks import BlockPool, IntegrityError
 from engine.config import EngineConfig
 from engine.costs import Costs
 from engine.messages import EngineStats, TokenDelta
-from engine.protocols import Executor
+from engine.protocols import Executor, Policy
 from engine.registry import make_policy, wants_cost
 from engine.request import Request
 from engine.scheduler import Scheduler
@@ -22,8 +22,11 @@ logger = logging.getLogger("outrider.engine")
 class Engine:
     """Turns requests into token deltas, one step at a time."""
 
-    def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
-        """Loads the model into this process unless an executor is given. Raises ValueError for a bad configuration."""
+    def __init__(self, config: EngineConfig, executor: Executor | None = None, policy: Policy | None = None) -> None:
+        """Loads the model into this process unless an executor is given; a policy given is used for the configured one.
+
+        Raises ValueError for a bad configuration.
+        """
         if executor is None:
             from engine.executors.local import LocalExecutor  # torch is needed only where a model runs
 
@@ -32,15 +35,8 @@ class Engine:
         self.config = config
         self.executor = executor
         self.info = info
-        self.costs = Costs(config, executor, info) if wants_cost(config.policy) else None
-        self.policy = make_policy(
-            config.policy,
-            budget=config.budget,
-            max_budget=config.max_budget,
-            max_itl_ms=config.max_itl_ms,
-            drafters=info.drafters,
-            **({} if self.costs is None else {"cost": self.costs.model}),
-        )
+        self.costs = Costs(config, executor, info) if policy is None and wants_cost(config.policy) else None
+        self.policy = policy or self._make_policy()
         executor.guide(self.policy)
         self.recorder = StatsRecorder()
         self.pool = BlockPool(info.num_blocks, info.block_size, config.enable_prefix_caching)
@@ -53,6 +49,18 @@ class Engine:
             eos_ids=frozenset(info.eos_ids),
             recorder=self.recorder,
             prediction_drafters=frozenset(info.prediction_drafters),
+        )
+
+    def _make_policy(self) -> Policy:
+        config = self.config
+        cost = {} if self.costs is None else {"cost": self.costs.model}
+        return make_policy(
+            config.policy,
+            budget=config.budget,
+            max_budget=config.max_budget,
+            max_itl_ms=config.max_itl_ms,
+            drafters=self.info.drafters,
+            **cost,
         )
 
     def add(self, request: Request) -> None:

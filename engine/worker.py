@@ -116,6 +116,9 @@ class Worker:
         draft_seconds = self.drafting.take_seconds()
         load = replace(load, draft_seconds=sum(draft_seconds.values()))
         choice = self.policy.trim(forest, tree_seqs, load)
+        for tree, seq in enumerate(tree_seqs):
+            if choice.reasons[tree] == "no_match" and seq.seq_id in self.drafting.stale:
+                choice.reasons[tree] = "stale"
         forest = choice.forest
         clock.append(time.perf_counter())
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.config import EngineConfig
 from engine.drafting import Drafting
 from engine.engine import Engine
 from engine.messages import SequenceUsage, TokenLogprobs
 from engine.plan import StepPlan, StepResult
-from engine.protocols import NO_SIGNALS, Drafter, Observed, Policy, Siblings
+from engine.protocols import NO_SIGNALS, Choice, Drafter, Load, Observed, Policy, Siblings
 from engine.registry import make_drafter
 from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
@@ -48,17 +49,24 @@ def load_worker(path: Path, dtype: str = "float32", **options: Any) -> Worker:
 
 
 def make_engine(
-    worker: Worker, drafters: Seq[str | Drafter] = (), *, budget: int = 6, num_blocks: int | None = None, **options: Any
+    worker: Worker,
+    drafters: Seq[str | Drafter] = (),
+    *,
+    budget: int = 6,
+    num_blocks: int | None = None,
+    policy: str | Policy = "fixed",
+    **options: Any,
 ) -> Engine:
-    """A fresh engine (pool, scheduler, drafters) over a worker that is idle."""
+    """A fresh engine (pool, scheduler, drafters, policy) over a worker that is idle."""
     worker.seqs.clear()
     made = [make_drafter(d) if isinstance(d, str) else d for d in drafters]
     worker.drafting = Drafting(made, worker.info.vocab_size)
+    name = policy if isinstance(policy, str) else "fixed"
     config = msgspec.structs.replace(
-        worker.config, policy="fixed" if made else "off", budget=budget, check_integrity=True, **options
+        worker.config, policy=name if made else "off", budget=budget, check_integrity=True, **options
     )
     worker.verification = Verification(config, made)
-    return Engine(config, SharedExecutor(worker, num_blocks))
+    return Engine(config, SharedExecutor(worker, num_blocks), None if isinstance(policy, str) else policy)
 
 
 @dataclass
@@ -92,6 +100,39 @@ def answers(engine: Engine, requests: Seq[Request]) -> dict[tuple[str, int], Ans
 def request(name: str, prompt: list[int], **params: Any) -> Request:
     extra = {key: params.pop(key) for key in ("n", "prediction_ids", "cache_salt", "priority") if key in params}
     return Request(request_id=name, prompt_ids=prompt, params=SamplingParams(**params), **extra)
+
+
+class WhimsicalPolicy(Policy):
+    """Changes budgets at random, asks drafters at random (so trees are fused) and drops drafted nodes at random."""
+
+    name = "whimsical"
+
+    def __init__(self, most: int = 9, seed: int = 0) -> None:
+        self.most, self.rng = most, np.random.default_rng(seed)
+        self.dropped = self.fused = 0
+
+    def budgets(self, seqs: Seq[Sequence], load: Load) -> list[int]:
+        return [int(self.rng.integers(0, self.most + 1)) for _ in seqs]
+
+    def allot(self, drafter: str, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
+        asked = [int(self.rng.integers(0, budget + 1)) for budget in budgets]
+        self.fused += sum(bool(count) and gain is not None for count, gain in zip(asked, gained, strict=True))
+        return asked
+
+    def estimate(self, drafter: str, seqs: Seq[Sequence], forest: DraftForest) -> NDArray[np.float64]:
+        return np.where(forest.parent < 0, 1.0, self.rng.uniform(0.01, 0.99, size=forest.num_nodes))
+
+    def trim(self, forest: DraftForest, seqs: Seq[Sequence], load: Load) -> Choice:
+        kept = self.rng.random(forest.num_nodes) < 0.8
+        kept[forest.start[:-1]] = True
+        for b in range(forest.num_trees):
+            first = int(forest.start[b])
+            for node in range(first + 1, first + forest.size(b)):
+                kept[node] &= kept[first + forest.parent[node]]
+        cut = forest.keep(kept)
+        dropped = (np.diff(forest.start) - np.diff(cut.start)).tolist()
+        self.dropped += sum(dropped)
+        return Choice(cut, dropped, ["goodput"] * forest.num_trees)
 
 
 class GarbageDrafter:

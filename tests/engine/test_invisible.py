@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from engine.protocols import Drafter
 from engine.request import Request
 from engine.worker import Worker
-from tests.engine.real import Answer, GarbageDrafter, OracleDrafter, answers, load_worker, make_engine, request
+from tests.engine.real import Answer, GarbageDrafter, OracleDrafter, WhimsicalPolicy, answers, load_worker, make_engine, request
 
 MAX_TOKENS = 20
 # A text that repeats itself, so that n-gram drafts are accepted, long and rejected, all of it.
@@ -75,13 +75,15 @@ def alone(worker: Worker, requests: list[Request]) -> dict[tuple[str, int], Answ
 
 def drafter(name: str, worker: Worker, alone: dict[tuple[str, int], Answer]) -> list[str | Drafter]:
     vocab = worker.info.vocab_size
+    oracle = OracleDrafter(vocab, {key: answer.tokens for key, answer in alone.items()})
     made: dict[str, list[str | Drafter]] = {
         "none": [],
         "ngram": ["ngram"],
         "prediction": ["prediction"],
         "both": ["prediction", "ngram"],
         "garbage": [GarbageDrafter(vocab)],
-        "oracle": [OracleDrafter(vocab, {key: answer.tokens for key, answer in alone.items()})],
+        "oracle": [oracle],
+        "all": ["prediction", "ngram", oracle, GarbageDrafter(vocab)],
     }
     return made[name]
 
@@ -133,6 +135,35 @@ def test_after_preemption(name: str, worker: Worker, requests: list[Request], al
     assert engine.stats().preemptions > 0
     assert found.keys() == alone.keys()
     assert_same(found, alone)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_while_the_policy_changes_its_mind(
+    seed: int, worker: Worker, requests: list[Request], alone: dict[tuple[str, int], Answer]
+) -> None:
+    """Budgets, drafters and drops at random: trees of several drafters are fused and cut, in a pool that preempts."""
+    policy = WhimsicalPolicy(seed=seed)
+    engine = make_engine(worker, drafter("all", worker, alone), policy=policy, num_blocks=28 if seed else None)
+    assert_same(answers(engine, requests), alone)
+    stats = engine.stats()
+    assert policy.dropped > 50 and policy.fused > 50 and stats.num_accepted_tokens > 50
+    assert (stats.preemptions > 0) == bool(seed)
+    assert len(stats.accepted_tokens_by_drafter) > 1
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_under_goodput(batch: int, worker: Worker, requests: list[Request], alone: dict[tuple[str, int], Answer]) -> None:
+    """The real controller over everything at once, with costs that it only guesses at."""
+    engine = make_engine(worker, drafter("all", worker, alone), policy="goodput", max_budget=12)
+    found: dict[tuple[str, int], Answer] = {}
+    for first in range(0, len(requests), batch):
+        found |= answers(engine, requests[first : first + batch])
+    assert found.keys() == alone.keys()
+    assert_same(found, alone)
+    stats = engine.stats()
+    assert stats.num_accepted_tokens > 0 and stats.predicted_seconds > 0 and not stats.drafter_fallbacks
+    usage = next(iter(found.values())).usage
+    assert usage is not None and sum(usage.budget_reasons.values()) == usage.steps
 
 
 def test_an_accepted_draft_saves_steps(worker: Worker, requests: list[Request], alone: dict[tuple[str, int], Answer]) -> None:
