@@ -43,6 +43,8 @@ from engine.tree import DraftForest, Verdict
 
 NEAR = 16  # tokens: who is no further behind is always fed, whatever the others have to catch up
 DRAWN = frozenset({Siblings.IID, Siblings.DISTINCT, Siblings.GREEDY})
+# Read for one token to come at most. A drafted token saves some tenths of a step; a token of a prompt is read in some hundredths.
+WORTH = 16
 RUNNERS_UP = 2  # tokens beside the children that a child's confidence is measured against
 MARGIN_SHARPNESS = 1.0
 
@@ -112,7 +114,7 @@ class DraftModelDrafter:
         guesses = [self._guess(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
         open_ = [guess for guess in guesses if guess.budget > 0]
         self._follow([guess.text for guess in open_])
-        open_ = [guess for guess in open_ if not guess.text.broken]
+        open_ = [guess for guess in open_ if not guess.text.broken and guess.is_worth_reading()]
         logits, growing = self._read(open_)
         wanted = [(guess, 0) for guess in growing]
         while wanted:
@@ -298,6 +300,11 @@ class Guess:
         if not self._coupled:
             return None
         return Address(seq.params.seed, seq.sample_index, seq.num_output + self.tree.depth[node])
+
+    def is_worth_reading(self) -> bool:
+        """Whether there are enough tokens to come for what has to be read before."""
+        seq, behind = self.text.seq, self.text.backlog
+        return behind <= NEAR or behind <= WORTH * (seq.params.max_tokens - seq.num_output)
 
     def frontier(self) -> list[int]:
         return [] if self.text.broken else self.tree.frontier(self.budget, self._width, self._least)

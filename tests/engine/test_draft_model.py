@@ -311,6 +311,15 @@ def test_who_is_up_to_date_drafts_beside_who_is_not(pair: Pair) -> None:
     assert_all_accepted(engine)
 
 
+def test_a_long_text_is_not_read_for_a_few_tokens(pair: Pair) -> None:
+    engine = make_engine(pair.target, pair.target, CHAIN)
+    prompt = [3 + i * 7 % 90 for i in range(100)]
+    answers(engine, [request("few", prompt, max_tokens=6, temperature=0.0, ignore_eos=True)])
+    assert counts(engine)[0] == 0
+    answers(engine, [request("more", prompt[1:], max_tokens=20, temperature=0.0, ignore_eos=True)])
+    assert_all_accepted(engine)
+
+
 # ---- what cannot work
 
 
