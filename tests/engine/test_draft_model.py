@@ -202,6 +202,16 @@ def test_right_when_a_text_returns_to_a_block_that_another_wrote_into(pair: Pair
     assert_all_accepted(engine)
 
 
+def test_a_text_that_lies_there_whole_is_drafted_for_at_once(pair: Pair) -> None:
+    """All its blocks hold it already; the root is read again, for its logits."""
+    engine = make_engine(pair.target, pair.target, CHAIN, enable_prefix_caching=False)
+    one = request("a", list(range(10, 10 + 2 * BLOCK)), max_tokens=12, temperature=0.0, ignore_eos=True)
+    answers(engine, [one])
+    first = counts(engine)
+    answers(engine, [one])
+    assert counts(engine) == (2 * first[0], 2 * first[1])
+
+
 def _params(one: Request) -> dict[str, Any]:
     p = one.params
     return {name: getattr(p, name) for name in p.__struct_fields__}
