@@ -80,6 +80,7 @@ class StandDrafter:
         ids = signals.top_ids[:, :TOP].cpu().numpy().astype(np.int32)
         odds = _softmax(signals.top_logits[:, :TOP].float().cpu().numpy())
         packed = np.column_stack((ids, odds.view(np.int32), np.ones(len(ids), np.float32).view(np.int32))).tobytes()
+        usable = np.isfinite(odds).all(axis=1).tolist()  # a corrupted row must not outlive its request
         tokens, parents, starts = forest.token.tolist(), forest.parent.tolist(), forest.start.tolist()
         for b, seq in enumerate(seqs):
             salt = seq.request.cache_salt
@@ -88,8 +89,12 @@ class StandDrafter:
             tails = [tuple(seq.tokens[-LONGEST:])]
             for node in range(first + 1, starts[b + 1]):
                 tails.append((*tails[parents[node]], tokens[node])[-LONGEST:])
-            for node, tail in enumerate(tails, start=first):
-                _learn(laws, tail, packed[node * LAW.size : (node + 1) * LAW.size])
+            stood = {0, *verdict.nodes[b]}
+            for node, tail in enumerate(tails):
+                if not usable[first + node]:
+                    continue
+                law = packed[(first + node) * LAW.size : (first + node + 1) * LAW.size]
+                _learn(laws, tail, law, 1 if node in stood else 2)
             self._laws.settle(salt)
 
     def forget(self, seq_id: int) -> None:
@@ -159,9 +164,12 @@ def _generations(limit: int) -> Generations[Tail, bytes]:
     return Generations(limit, ENTRY_BYTES)
 
 
-def _learn(laws: Generations[Tail, bytes], tail: Tail, new: bytes) -> None:
-    """Average a row into the laws of the n-grams that its node ends."""
-    for skipped in range(len(tail)):
+def _learn(laws: Generations[Tail, bytes], tail: Tail, new: bytes, shortest: int) -> None:
+    """Average a row into the laws of the n-grams that its node ends, `shortest` tokens long and longer.
+
+    A node that fell stands in a context that may never come: it teaches no single token, where averaging costs most.
+    """
+    for skipped in range(len(tail) - shortest + 1):
         gram = tail[skipped:]
         old = laws.find(gram)
         laws.put(gram, new if old is None else _merged(old, new))

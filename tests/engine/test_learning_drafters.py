@@ -266,6 +266,15 @@ def test_the_longest_known_context_speaks_and_laws_are_averaged() -> None:
     assert averaged[(100,)] < draft(drafter, sequence(5, [1, 2, 3]), 1)[(100,)]
 
 
+def test_a_corrupted_row_teaches_nothing() -> None:
+    drafter = StandDrafter()
+    broken = law(0.9, 0.1)
+    assert broken.top_logits is not None
+    broken.top_logits[0, 0] = float("nan")
+    commit(drafter, sequence(0, [1, 2, 3]), [100], broken)
+    assert draft(drafter, sequence(1, [1, 2, 3])) == {}
+
+
 # aded
 
 
