@@ -23,7 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1
     drafters: list[str] = msgspec.field(default_factory=lambda: ["prediction", "ngram"])
     verifier: str = "match"
-    policy: str = "fixed"  # goodput | fixed | off
+    policy: str = "goodput"  # goodput | fixed | off
     budget: int = 8  # draft nodes per sequence and step under `fixed`
     max_budget: int = 32  # most draft nodes per sequence and step under `goodput`
     max_itl_ms: float | None = None  # a step is not planned to take longer than this, as long as speculation is what costs

@@ -19,7 +19,7 @@ from tests.fakes import FakeExecutor, fake_info, garbage
 
 def toy(budget: int, **info: object) -> tuple[Engine, Watched]:
     executor = Watched(FakeExecutor(fake_info(**info), guess=garbage))
-    return Engine(EngineConfig(model="toy", budget=budget, enable_prefix_caching=False), executor), executor
+    return Engine(EngineConfig(model="toy", policy="fixed", budget=budget, enable_prefix_caching=False), executor), executor
 
 
 def test_only_decoding_steps_with_everyone_in_the_batch_are_counted() -> None:

@@ -59,13 +59,14 @@ class Schedules(RuleBasedStateMachine):
         max_num_batched_tokens=st.integers(1, 40),
         budget=st.integers(0, 9),
         caching=st.booleans(),
+        policy=st.sampled_from(["fixed", "goodput"]),
     )
-    def start(self, num_blocks: int, block_size: int, caching: bool, budget: int, **limits: int) -> None:
+    def start(self, num_blocks: int, block_size: int, caching: bool, budget: int, policy: str, **limits: int) -> None:
         self.room = num_blocks * block_size
         info = fake_info(num_blocks=num_blocks, block_size=block_size, max_model_len=self.room, **limits)
         self.limit = info.max_num_batched_tokens
         self.executor = FakeExecutor(info)
-        config = EngineConfig(model="fake", budget=budget, enable_prefix_caching=caching, check_integrity=True)
+        config = EngineConfig(model="fake", policy=policy, budget=budget, enable_prefix_caching=caching, check_integrity=True)
         self.engine = Engine(config, self.executor)
         self.requests: dict[str, Request] = {}
         self.gone: set[str] = set()
@@ -159,7 +160,7 @@ TestSchedules.settings = settings(
 )
 
 
-@pytest.mark.parametrize("policy", ["off", "fixed"])
+@pytest.mark.parametrize("policy", ["off", "fixed", "goodput"])
 @pytest.mark.parametrize("guess", GUESSES)
 def test_no_policy_and_no_draft_changes_a_token(policy: str, guess: Guess) -> None:
     requests = [make_request(f"r{i}", 3 + 5 * i, 24, n=1 + i % 2, ignore_eos=i % 3 == 0) for i in range(8)]

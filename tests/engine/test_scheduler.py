@@ -23,7 +23,7 @@ class Bench:
 
     def __init__(self, guess: Guess = mixed_guess, budget: int = 4, caching: bool = True, **info: object) -> None:
         self.executor = FakeExecutor(fake_info(**info), guess)
-        config = EngineConfig(model="fake", budget=budget, enable_prefix_caching=caching, check_integrity=True)
+        config = EngineConfig(model="fake", policy="fixed", budget=budget, enable_prefix_caching=caching, check_integrity=True)
         self.engine = Engine(config, self.executor)
         self.scheduler = self.engine.scheduler
         self.requests: dict[str, Request] = {}
@@ -689,7 +689,7 @@ class Broken(FakeExecutor):
     ],
 )
 def test_a_result_that_does_not_answer_the_plan_is_an_error(rows: list[RowResult]) -> None:
-    engine = Engine(EngineConfig(model="fake", budget=2), Broken(rows))
+    engine = Engine(EngineConfig(model="fake", policy="fixed", budget=2), Broken(rows))
     engine.add(make_request("a", 5, 9))
     with pytest.raises(RuntimeError):
         engine.step()
