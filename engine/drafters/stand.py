@@ -155,8 +155,9 @@ class _Guess:
 
 def _softmax(logits: np.ndarray) -> np.ndarray:
     """Of each row, float32. In numpy: a torch call for a few numbers may wake a thread for it."""
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    shares: np.ndarray = odds / odds.sum(axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+        shares: np.ndarray = odds / odds.sum(axis=1, keepdims=True)
     return shares
 
 

@@ -266,11 +266,12 @@ def test_the_longest_known_context_speaks_and_laws_are_averaged() -> None:
     assert averaged[(100,)] < draft(drafter, sequence(5, [1, 2, 3]), 1)[(100,)]
 
 
-def test_a_corrupted_row_teaches_nothing() -> None:
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_corrupted_row_teaches_nothing(wrong: float) -> None:
     drafter = StandDrafter()
     broken = law(0.9, 0.1)
     assert broken.top_logits is not None
-    broken.top_logits[0, 0] = float("nan")
+    broken.top_logits[0, 0] = wrong
     commit(drafter, sequence(0, [1, 2, 3]), [100], broken)
     assert draft(drafter, sequence(1, [1, 2, 3])) == {}
 
