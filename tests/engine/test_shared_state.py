@@ -94,7 +94,7 @@ def test_an_entry_takes_what_it_is_charged_or_less() -> None:
     for charged, make in makers.items():
         tracemalloc.start()
         mapping: Generations[object, object] = Generations(10**9, charged)
-        for i in range(20_000, 60_000):
+        for i in range(20_000, 32_000):
             mapping.put(*make(i))
         taken = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
@@ -106,7 +106,7 @@ def test_successors_of_a_pair_take_what_they_are_charged_or_less() -> None:
 
     for successors in range(2, aded.MOST_SUCCESSORS + 1):
         tracemalloc.start()
-        kept = {i << 32 | 5000: {1000 * i + j: (i + j) / 7 for j in range(successors)} for i in range(5000)}
+        kept = {i << 32 | 5000: {1000 * i + j: (i + j) / 7 for j in range(successors)} for i in range(1500)}
         taken = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         assert taken <= len(kept) * (aded.ENTRY_BYTES + aded.SUCCESSOR_BYTES * (successors - 1)), successors
