@@ -93,6 +93,12 @@ class CostModel:
         predicted = self.draft_seconds(drafter, sequences, depth)
         self._draft(drafter).observe(float(sequences), float(depth), seconds / predicted)
 
+    def expect_depth(self, drafter: str, seconds: float) -> None:
+        """A depth of this drafter was timed, for one sequence. What was learned of it before stands if that agrees."""
+        known = self._drafts.get(drafter)
+        if known is None or not 0.5 < float(known.at(1.0, 1.0)) / seconds < 2.0:
+            self._drafts[drafter] = Surface(guess_model_draft(seconds))
+
     def tables(self) -> CostTables:
         """The tables with what was learned about them."""
         return CostTables(
@@ -125,10 +131,10 @@ class CostModel:
 def guess(info: EngineInfo) -> CostTables:
     """Costs from the model's size alone: weights are read once per step, then every token computes with all of them.
 
-    Good to a factor of a few; the first steps mend it.
+    Good to a factor of a few, and an optimist about tokens: who believes them dear never tries, and never learns better.
     """
     gpu = info.device.startswith("cuda")
-    bytes_per_second, operations_per_second, fixed = (2e12, 2e14, 1e-3) if gpu else (2e10, 2e11, 1e-3)
+    bytes_per_second, operations_per_second, fixed = (2e12, 1e15, 1e-3) if gpu else (2e10, 2e12, 1e-3)
     weights = max(info.weight_bytes, 1 << 20)
     operations = float(weights)  # per token: two for each 16-bit weight
     kv = info.kv_bytes / max(info.num_blocks * info.block_size, 1)  # bytes per token of context
@@ -148,6 +154,12 @@ def guess(info: EngineInfo) -> CostTables:
 def guess_draft(base: float = 2e-5, per_sequence: float = 3e-5, per_depth: float = 1e-6) -> SurfaceTable:
     """A drafter that looks things up in memory; what one with a model costs has to be measured, and soon is."""
     rows = [[base + n * (per_sequence + d * per_depth) for d in DRAFT_DEPTHS] for n in DRAFT_SEQUENCES]
+    return SurfaceTable(xs=DRAFT_SEQUENCES, ys=DRAFT_DEPTHS, seconds=rows, measured=False)
+
+
+def guess_model_draft(seconds: float, per_sequence: float = 0.05) -> SurfaceTable:
+    """A drafter with a model: a forward per depth, of `seconds` for one sequence, little dearer for each further one."""
+    rows = [[d * seconds * (1 + per_sequence * (n - 1)) for d in DRAFT_DEPTHS] for n in DRAFT_SEQUENCES]
     return SurfaceTable(xs=DRAFT_SEQUENCES, ys=DRAFT_DEPTHS, seconds=rows, measured=False)
 
 

@@ -56,6 +56,7 @@ class Costs:
         self.profile = Profile(info)
         if not isinstance(executor, Measurable):
             self.model = CostModel(guess(info))
+            self._expect_depths(info)
             return
         self.key = key(config, info, executor.platform())
         self.file = cost_store.path(config, self.key)
@@ -74,8 +75,13 @@ class Costs:
             spent, shapes = time.perf_counter() - started, len(self.profile.samples())
             logger.info("costs profiled: %d shapes known, %.1f s, kept in %s", shapes, spent, self.file)
         self.model = CostModel(tables if tables is not None else guess(info), executor.tier)
+        self._expect_depths(info)
         if config.profile:
             self.save()
+
+    def _expect_depths(self, info: EngineInfo) -> None:
+        for drafter, seconds in info.depth_seconds.items():
+            self.model.expect_depth(drafter, seconds)
 
     def save(self) -> None:
         """Keep the tables with what was learned since."""

@@ -119,6 +119,8 @@ class Drafting:
 
     def _ask(self, drafter: Drafter, seqs: list[Sequence], budgets: list[int], policy: Policy) -> DraftForest | None:
         """The drafter's forest with the policy's estimates, or None for one that cannot be used."""
+        if id(drafter) in self._catching:
+            self._catching[id(drafter)].depth_price = policy.depth_price(drafter.name, len(seqs))
         started, reason = self._clock(), None
         try:
             forest = drafter.draft(seqs, budgets)

@@ -80,6 +80,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     verifiers: list[str] = []  # that a request may choose: lossless, and exact for every configured drafter
     max_budget: int = 0  # most draft nodes of one sequence in one step
     prediction_drafters: list[str] = []  # whose tokens the OpenAI usage fields report as predicted ones
+    depth_seconds: dict[str, float] = {}  # drafters with a model: what a depth takes for one sequence, timed at start
     eos_ids: list[int] = []  # ids that end a sequence, from the model's own generation settings
 
 

@@ -81,6 +81,7 @@ class CatchesUp(Protocol):
 
     costly: bool
     patience: float
+    depth_price: float  # Policy.depth_price, told before every draft
 
     def backlog(self, seq: Sequence) -> int:
         """Committed tokens that it has to read before it can draft for this sequence, the root not counted."""
@@ -172,6 +173,13 @@ class Policy(Protocol):
         that has more than a root wins.
         """
         return [budget if gain is None else 0 for budget, gain in zip(budgets, gained, strict=True)]
+
+    def depth_price(self, drafter: str, sequences: int) -> float:
+        """What one more depth of a drafter that costs takes for so many sequences, in plain steps of theirs; 0: not known.
+
+        A path that is less likely than that is not worth it.
+        """
+        return 0.0
 
     def estimate(self, drafter: str, seqs: Seq[Sequence], forest: DraftForest) -> NDArray[np.float64] | None:
         """P(node stands | its parent stands) for each node of one drafter's forest; None: its own confidence will do."""

@@ -19,7 +19,7 @@ from engine.models.batch import ForwardBatch
 from engine.models.factory import load_model
 from engine.models.loader import load_config
 from engine.plan import Row, RowResult, StepPlan, StepResult, StepTimes
-from engine.protocols import Choice, Load, Observed, Policy
+from engine.protocols import CatchesUp, Choice, Load, Observed, Policy
 from engine.row_result import row_result
 from engine.sequence import Sequence
 from engine.target_law import TargetLaw
@@ -51,6 +51,7 @@ class Worker:
         drafters = [registry.make_drafter(name, offers) for name in config.drafters]
         self.verification = Verification(config, drafters)
         model = load_model(config, self.model_config, dtype, self.device)
+        depth_seconds: dict[str, float] = {}
         if draft_model is not None:
             draft_model.load()
         weight_bytes = model.weight_bytes + (draft_model.weight_bytes if draft_model else 0)
@@ -61,6 +62,7 @@ class Worker:
         self.kv = self.runner.kv
         if draft_model is not None:
             draft_model.open(self.memory.num_blocks)
+            depth_seconds = {d.name: draft_model.time_depth() for d in drafters if isinstance(d, CatchesUp)}
         self.eos_ids = eos_ids
         self.target_law = TargetLaw(shape.vocab_size, self.eos_ids, self.device)
         self.policy: Policy = registry.make_policy("fixed")
@@ -87,6 +89,7 @@ class Worker:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             load_seconds=time.perf_counter() - started,
+            depth_seconds=depth_seconds,
             eos_ids=sorted(self.eos_ids),
             max_budget=config.max_budget if config.policy == "goodput" else config.budget,
             prediction_drafters=[d.name for d in drafters if getattr(d, "reports_prediction", False)],

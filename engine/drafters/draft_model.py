@@ -45,6 +45,7 @@ NEAR = 16  # tokens: who is no further behind is always fed, whatever the others
 DRAWN = frozenset({Siblings.IID, Siblings.DISTINCT, Siblings.GREEDY})
 # Read for one token to come at most. A drafted token saves some tenths of a step; a token of a prompt is read in some hundredths.
 WORTH = 16
+MOST_PRICE = 0.5
 RUNNERS_UP = 2  # tokens beside the children that a child's confidence is measured against
 MARGIN_SHARPNESS = 1.0
 
@@ -75,6 +76,7 @@ class DraftModelDrafter:
     name = "draft_model"
     needs = NO_SIGNALS
     costly = True
+    depth_price = 0.0
     patience = 4.0  # seconds: several forwards of a model on a busy machine
 
     def __init__(
@@ -156,7 +158,9 @@ class DraftModelDrafter:
         if self.siblings in DRAWN and not seq.params.greedy:
             return DrawnGuess(text, law, budget, self.branches)
         coupled = self.siblings is Siblings.COUPLED and not seq.params.greedy
-        return Guess(text, law, budget, self.width, self.least, coupled=coupled)
+        # A depth is a forward for everyone: who is less likely to gain a token by it than it costs of a step stays out.
+        least = max(self.least, min(self.depth_price, MOST_PRICE))
+        return Guess(text, law, budget, self.width, least, coupled=coupled)
 
     def _follow(self, texts: list[DraftText]) -> None:
         """Take in the last verdicts; pack the accepted paths of branched trees."""

@@ -135,6 +135,10 @@ class GoodputPolicy(Policy):
             return [0] * len(seqs)
         return list(budgets)
 
+    def depth_price(self, drafter: str, sequences: int) -> float:
+        seconds = self.cost.draft_seconds(drafter, sequences, 3) - self.cost.draft_seconds(drafter, sequences, 1)
+        return max(seconds / 2, 0.0) / self._plain
+
     def estimate(self, drafter: str, seqs: Seq[Sequence], forest: DraftForest) -> Double:
         return self.survival.estimate(drafter, [seq.seq_id for seq in seqs], forest)
 

@@ -28,6 +28,7 @@ class Reader:
     siblings = Siblings.POINT
     costly = True
     patience = 3.0
+    depth_price = 0.0
 
     def __init__(self, clock: Clock) -> None:
         self.clock = clock

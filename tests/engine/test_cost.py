@@ -189,3 +189,19 @@ def test_non_decreasing(values: list[float]) -> None:
     assert sum(fitted) == pytest.approx(sum(values))
     if (np.diff(values) >= 0).all():
         assert fitted == pytest.approx(values)
+
+
+def test_a_drafter_with_a_model_costs_a_forward_per_depth() -> None:
+    cost = CostModel(tables())
+    cost.expect_depth("model", 0.02)
+    assert [cost.draft_seconds("model", 1, depth) for depth in (1, 2, 8)] == pytest.approx([0.02, 0.04, 0.16])
+    assert 0.04 < cost.draft_seconds("model", 16, 2) < 16 * 0.04
+    for _ in range(200):
+        cost.observe_draft("model", 1, 4, 0.1)
+    learned = cost.draft_seconds("model", 1, 4)
+    assert learned == pytest.approx(0.1, rel=0.05)
+    kept = CostModel(cost.tables())
+    kept.expect_depth("model", 0.021)
+    assert kept.draft_seconds("model", 1, 4) == pytest.approx(learned), "what was learned agrees with the new timing"
+    kept.expect_depth("model", 0.2)
+    assert kept.draft_seconds("model", 1, 4) == pytest.approx(0.8), "another model: nothing of it holds"

@@ -396,6 +396,37 @@ def test_a_model_and_a_drafter_belong_together(options: dict[str, Any], said: st
         Worker(config)
 
 
+def test_a_depth_is_timed_at_start_and_the_cost_model_starts_from_it(pair: Pair) -> None:
+    engine = make_engine(pair.target, pair.draft, policy="goodput")
+    seconds = engine.info.depth_seconds["draft_model"]
+    assert 0 < seconds < 10
+    assert engine.costs is not None
+    assert engine.costs.model.draft_seconds("draft_model", 1, 4) == pytest.approx(4 * seconds)
+    assert make_engine(pair.target).info.depth_seconds == {}
+
+
+def test_paths_that_cost_more_than_they_promise_are_not_followed(pair: Pair, requests: list[Request]) -> None:
+    """Every depth is a forward: where it costs much of a step, drafts stop where the draft model is unsure."""
+
+    def forwards(price: float) -> float:
+        """Per step."""
+        engine, calls = make_engine(pair.target, pair.target), 0
+        engine.policy.depth_price = lambda drafter, sequences: price  # type: ignore[method-assign]
+        model = drafter_of(engine)._model
+        real = model.forward
+
+        def forward(*args: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return real(*args)  # type: ignore[no-any-return]
+
+        model.forward = forward
+        answers(engine, requests)
+        return calls / engine.stats().steps
+
+    assert forwards(0.45) < forwards(0.0) - 0.5
+
+
 def test_both_models_are_in_the_memory_plan(pair: Pair) -> None:
     plain, both = make_engine(pair.target).info, make_engine(pair.target, pair.draft).info
     per_layer = 2 * 2 * 8 * 16 * 4  # keys and values, heads, tokens, head size, float32
