@@ -37,7 +37,7 @@ class Tree:
             estimate = forest.estimate[part].tolist()
         else:
             estimate = [UNKNOWN if c != c else c for c in confidence]
-        return cls(token, forest.parent[part].tolist(), estimate, confidence, [name] * len(token))
+        return cls(token, forest.parent[part].tolist(), estimate, confidence, ["", *[name] * (len(token) - 1)])
 
     def gain(self) -> float:
         """Expected accepted nodes."""
