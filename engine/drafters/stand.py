@@ -42,7 +42,7 @@ from engine.tree import DraftForest, Verdict
 
 TOP = 8
 LAW = Struct(f"={TOP}i{TOP}ff")  # tokens, their probabilities, how many rows were averaged
-ENTRY_BYTES = 300  # a law as bytes, its key and its share of the dict
+ENTRY_BYTES = 330  # a law as bytes, its key and its share of the dict
 LONGEST = 3  # tokens of an n-gram
 RELIABILITY = (0.5, 0.7, 0.85)  # how far a law behind 1, 2 and 3 tokens is trusted
 NEGLIGIBLE = 0.01  # tokens less likely than this get no noise: 3 us each
