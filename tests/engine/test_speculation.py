@@ -45,7 +45,7 @@ def test_max_nodes_is_the_most_nodes_of_a_step() -> None:
     usage, executor = run(wish(max_nodes=2))
     assert max(row.budget for plan in executor.plans for row in plan.rows) == 2
     assert usage.steps == 4 and usage.budget_reasons == {"max_nodes": 3, "max_tokens": 1}
-    assert run(wish(max_nodes=0))[0].budget_reasons == {"max_nodes": 12}
+    assert run(wish(max_nodes=0))[0].budget_reasons == {"max_nodes": 11, "max_tokens": 1}
     assert "max_nodes" not in run(wish(max_nodes=99))[0].budget_reasons
 
 
