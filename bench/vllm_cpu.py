@@ -47,13 +47,14 @@ def command(python: Path, model: Path, port: int, slots: int, speculation: Mappi
     ]
 
 
-def variables(python: Path) -> dict[str, str]:
-    """Both cores for its threads (of two it would take one and keep the other free) and Intel's OpenMP, as its manual advises."""
+def variables(python: Path, every_core: bool = True) -> dict[str, str]:
+    """Intel's OpenMP, as its manual advises, and all cores for its threads: of two it would take one and keep the other free."""
     openmp = python.parent.parent / "lib" / "libiomp5.so"
+    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
     return {
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in sorted(os.sched_getaffinity(0))),
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
+        **({"VLLM_CPU_OMP_THREADS_BIND": cores} if every_core else {}),
         **({"LD_PRELOAD": str(openmp)} if openmp.exists() else {}),
     }
