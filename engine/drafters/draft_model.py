@@ -43,11 +43,13 @@ from engine.tree import DraftForest, Verdict
 
 NEAR = 16  # tokens: who is no further behind is always fed, whatever the others have to catch up
 DRAWN = frozenset({Siblings.IID, Siblings.DISTINCT, Siblings.GREEDY})
-# Read for one token to come at most. A drafted token saves some tenths of a step; a token of a prompt is read in some hundredths.
+# Tokens read for one token to come, at most. A drafted token saves some tenths of a step, a prompt's is read in some hundredths.
 WORTH = 16
-MOST_PRICE = 0.5
+MOST_PRICE = 0.5  # a path likelier than this is followed whatever a depth costs
 RUNNERS_UP = 2  # tokens beside the children that a child's confidence is measured against
-MARGIN_SHARPNESS = 1.0
+# Qwen2.5-Coder 0.5B for 1.5B, 138 nodes each at T = 0.8 and T = 1: log loss 0.34 at 0.7 and at 1, 0.37 at 0.5, 0.40 at 1.5
+# (0.53 for the mean alone). A greedy draft's own probability is right as it is: 0.27; it said 0.83, and 0.82 of them stood.
+MARGIN_SHARPNESS = 0.8
 
 
 class DraftModel(Protocol):
