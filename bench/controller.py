@@ -33,7 +33,7 @@ from engine.registry import make_drafter, make_policy
 
 OUT = Path(__file__).with_name("out")
 MAX_BUDGET = 16
-FIXED = (1, 2, 3, 4, 6, 8, 12, 16)
+FIXED = (1, 2, 4, 8, 16)
 LOADS = (1, 4, 8, 16, 32, 64)
 SHARES = (0.3, 0.6, 0.9)  # of the rate at which requests can be served without drafts
 PROFILE_SECONDS = 1.0
@@ -204,8 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def spiked(simulation: Simulation, recorded: Sequence[Recorded]) -> Outcome:
     """One request at a time, then many at once, then one at a time again: what a policy chooses over the time."""
     whole = Outcome()
-    few, many = recorded[: max(6, len(recorded) // 20)], recorded[: max(48, len(recorded) // 2)]
-    for asked, load in ((few, 1), (many, 16), (few, 1)):
+    few, many = recorded[: max(6, len(recorded) // 16)], recorded[: max(24, len(recorded) // 2)]
+    for asked, load in ((few, 1), (many, 32), (few, 1)):
         part = simulation.closed(asked, min(load, len(asked) // 3), whole=True)
         whole.steps += part.steps
     return whole

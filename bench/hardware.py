@@ -67,7 +67,10 @@ class Stairs:
 
 
 class Table:
-    """A measured table, as `outrider profile` keeps it. Raises OSError and ValueError for a file that is none."""
+    """A measured table, as `outrider profile` keeps it.
+
+    The default: SmolLM2-135M-Instruct in bfloat16 on one thread of an AMD EPYC with AVX-512-BF16, native kernels, 2026-11-20;
+    processor time, as the machine was busy, medians of 45 rounds. Raises OSError and ValueError for a file that is none."""
 
     def __init__(self, file: Path = MEASURED, name: str = "cpu") -> None:
         self.name = name
