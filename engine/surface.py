@@ -47,7 +47,8 @@ class Surface:
         self.xs, self.ys = np.asarray(table.xs, dtype=np.float64), np.asarray(table.ys, dtype=np.float64)
         self.seconds = np.asarray(table.seconds, dtype=np.float64)
         shape = (len(self.xs), len(self.ys))
-        log = np.log(table.corrections) if table.corrections else np.zeros(shape)
+        with np.errstate(divide="ignore", invalid="ignore"):  # what has no logarithm is refused below
+            log = np.log(table.corrections) if table.corrections else np.zeros(shape)
         if not (len(self.xs) and len(self.ys)) or self.seconds.shape != shape or log.shape != shape:
             raise ValueError("a cost table's numbers do not fit its axes")
         if (np.diff(self.xs) <= 0).any() or (np.diff(self.ys) <= 0).any():

@@ -176,7 +176,6 @@ def test_what_was_learned_is_kept() -> None:
     ],
     ids=str,
 )
-@pytest.mark.filterwarnings("ignore:.*log")
 def test_tables_that_cannot_be_used_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         CostModel(tables(**changes))
