@@ -59,7 +59,7 @@ class RasdDrafter:
         longest: int = 16,
         shortest: int = 1,
         depth: int = 10,
-        matches: int = 1000,
+        matches: int = 128,
         few: int = 4,
         doubt: float = 3.0,
         floor: float = 0.05,
