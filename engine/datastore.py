@@ -139,8 +139,8 @@ def _common(one: bytes, other: bytes) -> int:
 def build(path: str | Path, documents: Iterable[Sequence[int]], vocab_size: int, fingerprint: bytes) -> Header:
     """Write the datastore of some token sequences. It appears under its name only when it is whole.
 
-    Takes about 70 bytes of memory per token (10 million: 17 s). Raises ValueError when there is nothing to store, more than 2^31 tokens, or an
-    id outside the vocabulary; OSError when it cannot be written.
+    Takes about 70 bytes of memory per token (10 million: 17 s). Raises ValueError when there is nothing to store, more than 2^31
+    tokens, or an id outside the vocabulary; OSError when it cannot be written.
     """
     backward, count = _backward(documents, vocab_size)
     suffixes = suffix_array(backward, vocab_size)
