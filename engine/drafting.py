@@ -166,6 +166,10 @@ class Drafting:
         for row in (forest.confidence, forest.law_row):
             if row is not None and row.shape != (len(token),):
                 return "malformed"
+        if any(row.dtype.kind != "i" for row in (forest.start, forest.token, forest.parent, forest.depth)):
+            return "malformed"
+        if forest.node_drafter is not None and len(forest.node_drafter) != len(token):
+            return "malformed"
         if (forest.law is None) != (forest.law_row is None):
             return "malformed"
         for seq, budget, first, last in zip(seqs, budgets, starts, starts[1:], strict=False):
