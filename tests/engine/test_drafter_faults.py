@@ -332,7 +332,8 @@ def test_one_that_hangs_while_learning_rests(worker: Worker, requests: list[Requ
     assert drafter.observed == 1 and engine.stats().drafter_fallbacks == {"slow": 1, "raised": drafter.forgotten}
 
 
-def test_a_confidence_that_is_no_number(worker: Worker, requests: list[Request], plain: dict[Key, Answer]) -> None:
+@pytest.mark.parametrize("policy", ["fixed", "goodput"])
+def test_a_confidence_that_is_no_number(policy: str, worker: Worker, requests: list[Request], plain: dict[Key, Answer]) -> None:
     """Confidence decides what is shown to the target, never what the target says of it."""
 
     def not_numbers(forest: DraftForest) -> DraftForest:
@@ -341,5 +342,6 @@ def test_a_confidence_that_is_no_number(worker: Worker, requests: list[Request],
 
     drafter = Faulty(worker, plain, not_numbers, lambda call: True)
     good = OracleDrafter(worker.info.vocab_size, {key: answer.tokens for key, answer in plain.items()}, seed=1)
-    engine = make_engine(worker, [drafter, good])
-    assert tokens(run(engine, requests)[0]) == tokens(plain)
+    for drafters in ([drafter], [drafter, good]):
+        engine = make_engine(worker, drafters, policy=policy)
+        assert tokens(run(engine, requests)[0]) == tokens(plain)
