@@ -29,7 +29,8 @@ def answers(copy_share: float = 0.5) -> Sequence[Recorded]:
 
 @cache
 def outcomes(machine: Hardware, load: int, copy_share: float = 0.5) -> dict[str, Outcome]:
-    return closed(answers(copy_share), machine, load, [OFF, *fixed(LENGTHS), GOODPUT, ORACLE], ["ngram"])
+    arms = [OFF, *fixed(LENGTHS), GOODPUT, ORACLE]
+    return closed(answers(copy_share), machine, load, arms, ["ngram"], count=max(24, 4 * load))
 
 
 @pytest.mark.parametrize(("machine", "load"), GRID, ids=lambda value: getattr(value, "name", str(value)))
@@ -88,12 +89,12 @@ def test_a_machine_that_stalls_changes_no_choice() -> None:
 
 
 def test_without_a_profile_it_learns_the_costs_itself() -> None:
-    found = closed(answers(), hardware.SMALL, 8, [GOODPUT, controller.GUESSING], ["ngram"])
+    found = closed(answers(), hardware.SMALL, 8, [GOODPUT, controller.GUESSING], ["ngram"], count=32)
     assert found["goodput, no profile"].goodput > 0.9 * found["goodput"].goodput
 
 
 def test_a_simulation_can_be_repeated() -> None:
-    first, second = (closed(answers(), hardware.SMALL, 4, [GOODPUT], ["ngram"])["goodput"] for _ in range(2))
+    first, second = (closed(answers(), hardware.SMALL, 4, [GOODPUT], ["ngram"], count=16)["goodput"] for _ in range(2))
     assert (first.tokens, first.busy, first.drafted) == (second.tokens, second.busy, second.drafted)
 
 
@@ -127,7 +128,7 @@ def test_machines_pad_and_saturate() -> None:
 def test_real_texts(shared_data: Path) -> None:
     recorded = traces.real(shared_data, 20, 0.5)
     assert traces.kinds(recorded).keys() == {"copy", "open"}
-    found = closed(recorded, hardware.GPU, 4, [OFF, GOODPUT], ["ngram"])
+    found = closed(recorded, hardware.GPU, 4, [OFF, GOODPUT], ["ngram"], count=20)
     assert found["goodput"].goodput > 0.97 * found["off"].goodput
 
 
