@@ -10,7 +10,7 @@ import pytest
 
 from bench import driving, peers
 from bench.arms import OFF, OURS, Arm
-from bench.workloads import named
+from bench.workloads import Workload, named
 
 
 def line(run: str, commit: str = "new", arm: str = OFF, part: float = 1.0) -> str:
@@ -71,9 +71,12 @@ def test_arms_take_turns_and_turn_round(tmp_path: Path, monkeypatch: pytest.Monk
     order: list[str] = []
     monkeypatch.setattr(driving, "OUT", tmp_path)
     monkeypatch.setattr(driving, "append", lambda name, record: None)
-    monkeypatch.setattr(
-        driving, "execute", lambda arm, workloads, part: order.append(arm.name + workloads[0].name) or (0.0, 0.0, {}, {})
-    )
+
+    def execute(arm: Arm, workloads: list[Workload], part: float) -> driving.Outcome:
+        order.append(arm.name + workloads[0].name)
+        return 0.0, 0.0, {}, {}
+
+    monkeypatch.setattr(driving, "execute", execute)
     arms = [Arm(name, OURS, program=lambda workloads, part: []) for name in "ab"]
     driving.compare(arms, [[named("open")], [named("4 streams")]], 2, 1.0, {})
     assert order == ["aopen", "bopen", "a4 streams", "b4 streams", "bopen", "aopen", "b4 streams", "a4 streams"]
