@@ -20,8 +20,11 @@ Array = NDArray[np.float64]
 RATE = 0.02  # of a point's correction, per observation that lies on it
 DRIFT_RATE = 0.05
 SHOCK = 0.25  # most surprise that counts, in the logarithm: a quarter
-GUESSED_SHOCK = 0.7  # and where nothing was measured: a factor of two
 MEASURED_BOUNDS = (0.7, 1.5)
+# Where nothing was measured, it is the shape that is unknown: points move faster, and more, than the whole.
+GUESSED_RATE = 0.05
+GUESSED_DRIFT_RATE = 0.01
+GUESSED_SHOCK = 0.7
 GUESSED_BOUNDS = (0.1, 10.0)
 WARM_UP = 5  # observations whose median sets the drift of a table that was guessed
 
@@ -98,11 +101,12 @@ class Surface:
             return
         shock = SHOCK if self.measured else GUESSED_SHOCK
         surprise = min(max(surprise, -shock), shock)
-        self._drift += DRIFT_RATE * surprise
+        self._drift += (DRIFT_RATE if self.measured else GUESSED_DRIFT_RATE) * surprise
+        least = RATE if self.measured else GUESSED_RATE
         for i, j, share in self._around(x, y):
             self._weight[i, j] += share
             # A point that nobody measured learns from its first visits faster.
-            rate = max(RATE, 1 / (self._weight[i, j] + 2))
+            rate = max(least, 1 / (self._weight[i, j] + 2))
             self._log[i, j] = min(max(self._log[i, j] + rate * share * surprise, self._low), self._high)
         self._corrected = None
 
