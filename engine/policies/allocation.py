@@ -38,6 +38,7 @@ def allocate(
     caps: Int | None = None,
     limit: float = np.inf,
     others: float = 0.0,
+    rate: float | None = None,
 ) -> Allocation:
     """The best chain length of each sequence, before drafting.
 
@@ -45,7 +46,8 @@ def allocate(
     tokens beside the roots, everything else in the step included. draft [K + 1] or [K + 1, B * K + 1]: seconds of
     drafting to depth D (and Q tokens in all); draft[0] is what not drafting costs. caps [B]: most tokens of each sequence.
     limit: no draft makes the step take longer than this, seconds. others: tokens expected of sequences beside these.
-    Ties go to the shallower and smaller draft.
+    rate: tokens / second that the time is worth elsewhere: the best tokens - rate * seconds is then looked for, in place of the
+    best quotient (`decoding_rate`). Ties go to the shallower and smaller draft.
     """
     count, longest = survival.shape
     gains = np.ascontiguousarray(survival, dtype=np.float64).ravel()
@@ -64,13 +66,13 @@ def allocate(
     seconds = verify[total]
     if draft is not None:
         seconds += draft[:, None] if draft.ndim == 1 else np.take_along_axis(draft, total, axis=1)
-    goodput = tokens / seconds
+    goodput = tokens / seconds if rate is None else tokens - rate * seconds
     if limit < np.inf:
         goodput[(seconds > limit) & (total > 0)] = -np.inf
     best, at = divmod(int(goodput.argmax()), total.shape[1])
     chosen = order[:at][taken[best, :at]]
     nodes = np.bincount(chosen // longest if longest else chosen, minlength=count)
-    speedup = float(goodput[best, at] / goodput[0, 0]) if count + others else 1.0
+    speedup = _gain(goodput[best, at], goodput[0, 0], count + others, rate)
     return Allocation(nodes, int(nodes.max(initial=0)), float(tokens[best, at]), float(seconds[best, at]), speedup)
 
 
@@ -86,26 +88,46 @@ class Selection:
     limited: bool  # a larger count would be better, but for the limit
 
 
-def select(survival: Double, verify: Double, roots: int, limit: float = np.inf, margin: float = 1.0) -> Selection:
+def select(
+    survival: Double, verify: Double, roots: int, limit: float = np.inf, margin: float = 1.0, rate: float | None = None
+) -> Selection:
     """The best set of drafted nodes, after drafting; draft trees of any shape.
 
     survival [N]: P(node stands), never more than its parent's, parents before their children where they are equal; roots
     are not among them. verify [N + 1]: seconds of a step with Q of them. Any draft has to be `margin` times as good as none.
+    rate: as for `allocate`.
     """
     order = np.argsort(-survival, kind="stable")
     tokens = np.empty(len(survival) + 1)
     tokens[0] = roots
     np.cumsum(survival[order], out=tokens[1:])
     tokens[1:] += roots
-    goodput = tokens / verify
+    goodput = tokens / verify if rate is None else tokens - rate * verify
     free = count = int(goodput.argmax())
     if limit < np.inf:
         goodput[1:][verify[1:] > limit] = -np.inf
         count = int(goodput.argmax())
     limited = free > count
-    gain = float(goodput[count] / goodput[0]) if roots else 1.0
+    gain = _gain(goodput[count], goodput[0], roots, rate)
     if gain < margin:
         count = 0
     kept = np.zeros(len(survival), dtype=bool)
     kept[order[:count]] = True
     return Selection(kept, count, float(tokens[count]), float(verify[count]), gain, limited)
+
+
+def decoding_rate(survival: Double, verify: Double, roots: int) -> float:
+    """The best goodput, tokens / second, of steps that carry these drafts and nothing else.
+
+    What a step carries beside them (prompt chunks) takes its time whatever is drafted, but its time makes no token dearer: a
+    node is worth the decoding that it saves later. So a step with a load looks for the most tokens - rate * seconds, where
+    rate is that of a step without; for one without it is the same as the best quotient (Dinkelbach 1967).
+    """
+    tokens = np.concatenate(([0.0], np.cumsum(-np.sort(-survival)))) + roots
+    return float((tokens / verify).max())
+
+
+def _gain(best: float, none: float, tokens: float, rate: float | None) -> float:
+    if not tokens:
+        return 1.0
+    return float(best / none) if rate is None else 1.0 + float(best - none) / tokens

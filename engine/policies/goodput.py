@@ -7,7 +7,8 @@ are kept, for the Q that has the most expected tokens per predicted second. No n
 
 Off is never for ever: what is not shown cannot be learned, so half a percent of the time is for showing drafts of which too
 little good is known, offsets of sequences fade, and drafters that did not pay are asked again after a rest that doubles.
-Prompt chunks in the step count as load. With `max_itl_ms` no draft makes a step longer than that.
+Prompt chunks in the step count as load: they may leave no room, but they make no guess cheaper. With
+`max_itl_ms` no draft makes a step longer than that.
 
 Sources: SmartSpec (arXiv 2406.14066), DSpark (arXiv 2607.05147) for the split into a budget before and a ranking after
 drafting, TETRIS (arXiv 2502.15197) for ranking drafted nodes over the batch; core.md A. It is exact because it only
@@ -23,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.plan import StepPlan, StepResult
-from engine.policies.allocation import Selection, allocate, select
+from engine.policies.allocation import Selection, allocate, decoding_rate, select
 from engine.policies.survival import Survival, path_survival
 from engine.protocols import Choice, CostModel, Load, Policy, Reason
 from engine.sequence import Sequence
@@ -37,7 +38,8 @@ TO_START = 1.02  # goodput over plain decoding's that starts speculation; going 
 TO_START_DRAFTER = 1.05  # the same for a drafter that costs
 PROBE_SHARE = 0.005  # of the time goes to drafts that would not pay by what is known
 PROBE_NODES = 1
-TRIAL = 3.0  # tokens' time that is risked on getting to know a new sequence
+TRIAL_SHARE, TRIAL_MOST = 0.004, 3.0  # of a new sequence's tokens: time that may be lost on getting to know it,
+TRIAL_STEPS = 3  # in so many steps in which a draft of it is shown
 MOST_CREDIT = 2.0  # steps that may be lost on them at once
 LONGEST_CHAIN = 16  # of a drafter that costs
 NEGLIGIBLE_SHARE = 0.005  # of a step: what a drafter may take although it never finds anything
@@ -106,7 +108,7 @@ class GoodputPolicy(Policy):
         self._probed: set[int] = set()  # sequences for which a drafter that costs was asked to learn
         self._plain = 1.0  # seconds of the last step without its drafts
         self._second = 0.0  # seconds that one token was worth in it
-        self._newcomers = 0  # sequences that came since
+        self._trials = 0.0  # tokens' time that sequences which came since then add to it
         self._on_trial: list[tuple[int, float]] = []  # trees of the step that are probes, and tokens expected of them
         self._credit = 0.0  # seconds that may be lost on probes
         self._speculating = False
@@ -161,8 +163,8 @@ class GoodputPolicy(Policy):
             decode = float(self.cost.verify_seconds(roots, load.context_tokens, roots))
         self._plain, self._second = plain, decode / roots
         self._credit = min(self._credit + PROBE_SHARE * plain, max(MOST_CREDIT * plain, self._credit))
-        self._credit += TRIAL * self._second * self._newcomers
-        self._newcomers = 0
+        self._credit += self._trials * self._second
+        self._trials = 0.0
         if drafts:
             choice = self._select(forest, seqs, load, verify)
         else:
@@ -196,7 +198,7 @@ class GoodputPolicy(Policy):
         record = self._records.get(seq.seq_id)
         if record is None:
             record = self._records[seq.seq_id] = _Record()
-            self._newcomers += 1
+            self._trials += min(TRIAL_SHARE * seq.params.max_tokens, TRIAL_MOST)
         return record
 
     # ---- before drafting: a drafter that costs
@@ -215,9 +217,10 @@ class GoodputPolicy(Policy):
         first = len(seqs) + load.prefill_tokens
         verify = self.cost.verify_seconds(np.arange(first, first + len(asked) * longest + 1), load.context_tokens, load.sequences)
         draft = np.array([0.0] + [self.cost.draft_seconds(drafter, len(asked), depth) for depth in range(1, longest + 1)])
-        best = allocate(
-            chain[asked], verify, draft, np.array([budgets[b] for b in asked]), self.limit - load.draft_seconds, others
-        )
+        caps = np.array([budgets[b] for b in asked])
+        # With prompt chunks in the step time is worth what the last steps made of it (engine/policies/allocation.py).
+        rate = 1 / self._second if load.prefill_tokens and self._second else None
+        best = allocate(chain[asked], verify, draft, caps, self.limit - load.draft_seconds, others, rate)
         given = [0] * len(seqs)
         if best.depth and best.speedup >= (1.0 if worth.on else TO_START_DRAFTER):
             worth.on = True
@@ -247,7 +250,12 @@ class GoodputPolicy(Policy):
         survival = path_survival(forest, forest.estimate)
         nodes = np.flatnonzero(forest.parent >= 0)
         margin = 1.0 if self._speculating else TO_START
-        chosen = select(survival[nodes], verify, forest.num_trees, self.limit, margin)
+        rate = None
+        if load.prefill_tokens:
+            rows = np.arange(forest.num_trees, forest.num_nodes + 1)
+            alone = self.cost.verify_seconds(rows, load.context_tokens, forest.num_trees)
+            rate = decoding_rate(survival[nodes], alone, forest.num_trees)
+        chosen = select(survival[nodes], verify, forest.num_trees, self.limit, margin, rate)
         self._speculating = chosen.count > 0
         kept = np.ones(forest.num_nodes, dtype=bool)
         kept[nodes] = chosen.kept
@@ -295,7 +303,7 @@ class GoodputPolicy(Policy):
     def _turn(self, seq: Sequence, probed: set[int]) -> tuple[bool, bool, int]:
         """Whose drafts are shown first: those that were paid for, those of which little was seen, those longest unseen."""
         record = self._record(seq)
-        return seq.seq_id not in probed, record.seen >= TRIAL, -record.unseen
+        return seq.seq_id not in probed, record.seen >= TRIAL_STEPS, -record.unseen
 
     def _reasons(
         self, seqs: Seq[Sequence], offered: list[int], dropped: list[int], probes: set[int], chosen: Selection

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from engine.policies.allocation import allocate, select
+from engine.policies.allocation import allocate, decoding_rate, select
 
 Double = NDArray[np.float64]
 
@@ -142,3 +142,23 @@ def test_the_limit_says_so() -> None:
     assert select(survival, verify, 1).limited is False
     found = select(survival, verify, 1, limit=1.25)
     assert found.count == 2 and found.limited
+
+
+def test_a_rate_of_its_own_gives_the_same_choice_as_the_quotient() -> None:
+    """Dinkelbach: the best quotient is the rate at which the best difference is nothing."""
+    rng = np.random.default_rng(11)
+    for _ in range(100):
+        roots, nodes = int(rng.integers(1, 5)), int(rng.integers(0, 30))
+        survival, verify = random_forest(rng, roots, nodes)[1], staircase(rng, nodes + 1)
+        rate = decoding_rate(survival, verify, roots)
+        assert select(survival, verify, roots, rate=rate).count == select(survival, verify, roots).count
+
+
+def test_a_load_that_only_takes_time_makes_no_guess_cheaper() -> None:
+    survival, alone = np.array([0.9, 0.5, 0.2, 0.1]), 1.0 + 0.4 * np.arange(5)
+    rate = decoding_rate(survival, alone, 1)
+    assert select(survival, alone, 1).count == select(survival, alone + 50.0, 1, rate=rate).count == 1
+    assert select(survival, alone + 50.0, 1).count == 4  # what the quotient would do
+    chain = np.cumprod(np.full((1, 4), 0.6), axis=1)
+    rate = 1 / float(alone[0])
+    assert allocate(chain, alone + 50.0, rate=rate).nodes.tolist() == [1] and allocate(chain, alone + 50.0).nodes.tolist() == [4]
