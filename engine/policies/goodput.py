@@ -45,6 +45,7 @@ LONGEST_CHAIN = 16  # of a drafter that costs
 NEGLIGIBLE_SHARE = 0.005  # of a step: what a drafter may take although it never finds anything
 WORTH_RATE, LONGEST_REST = 0.05, 16
 PRICE_RATE = 0.1
+CURVE_STEPS = 16  # for which a cost that was looked up holds
 ERROR_RATE = 0.02
 
 
@@ -112,6 +113,8 @@ class GoodputPolicy(Policy):
         self._on_trial: list[tuple[int, float]] = []  # trees of the step that are probes, and tokens expected of them
         self._credit = 0.0  # seconds that may be lost on probes
         self._speculating = False
+        self._steps = 0
+        self._curves: dict[tuple[int, int, int], Double] = {}  # of this step and the few before
 
     @property
     def calibration_error(self) -> float:  # type: ignore[override]  # read-only here
@@ -155,12 +158,11 @@ class GoodputPolicy(Policy):
         roots, drafts = forest.num_trees, forest.num_drafts
         if not roots:
             return Choice(forest, [], [])
-        tokens = np.arange(roots + load.prefill_tokens, roots + load.prefill_tokens + drafts + 1)
-        verify = self.cost.verify_seconds(tokens, load.context_tokens, load.sequences) + load.draft_seconds
-        plain = float(verify[0]) - load.draft_seconds
-        decode = plain
+        self._steps += 1
+        verify = self._curve(roots + load.prefill_tokens, drafts, load.context_tokens, load.sequences) + load.draft_seconds
+        plain = decode = float(verify[0]) - load.draft_seconds
         if load.prefill_tokens:
-            decode = float(self.cost.verify_seconds(roots, load.context_tokens, roots))
+            decode = float(self._curve(roots, 0, load.context_tokens, roots)[0])
         self._plain, self._second = plain, decode / roots
         self._credit = min(self._credit + PROBE_SHARE * plain, max(MOST_CREDIT * plain, self._credit))
         self._credit += self._trials * self._second
@@ -244,6 +246,17 @@ class GoodputPolicy(Policy):
 
     # ---- after drafting
 
+    def _curve(self, rows: int, drafts: int, context_tokens: int, sequences: int) -> Double:
+        """Seconds of a step of `rows` and 0, 1, ... `drafts` nodes more; looked up again every few steps."""
+        if self._steps % CURVE_STEPS == 0:
+            self._curves.clear()
+        key = rows, context_tokens // (16 * max(sequences, 1)), sequences
+        curve = self._curves.get(key)
+        if curve is None or len(curve) <= drafts:
+            tokens = np.arange(rows, rows + drafts + CURVE_STEPS)
+            curve = self._curves[key] = self.cost.verify_seconds(tokens, context_tokens, sequences)
+        return curve[: drafts + 1]
+
     def _select(self, forest: DraftForest, seqs: Seq[Sequence], load: Load, verify: Double) -> Choice:
         if forest.estimate is None:
             forest.estimate = np.where(forest.parent < 0, 1.0, 0.5)
@@ -252,8 +265,7 @@ class GoodputPolicy(Policy):
         margin = 1.0 if self._speculating else TO_START
         rate = None
         if load.prefill_tokens:
-            rows = np.arange(forest.num_trees, forest.num_nodes + 1)
-            alone = self.cost.verify_seconds(rows, load.context_tokens, forest.num_trees)
+            alone = self._curve(forest.num_trees, len(nodes), load.context_tokens, forest.num_trees)
             rate = decoding_rate(survival[nodes], alone, forest.num_trees)
         chosen = select(survival[nodes], verify, forest.num_trees, self.limit, margin, rate)
         self._speculating = chosen.count > 0

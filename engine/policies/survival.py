@@ -231,6 +231,8 @@ class Survival:
 
 def path_survival(forest: DraftForest, estimate: Double) -> Double:
     """P(node stands): the product of the estimates along its path. [N], below its parent's wherever they are below 1."""
+    if forest.num_nodes <= FEW:
+        return _few_path_survival(forest, estimate)
     first = np.repeat(forest.start[:-1], np.diff(forest.start))
     jump = first + np.maximum(forest.parent, 0)  # a root is its own parent, and 1
     survival = estimate.copy()
@@ -240,6 +242,18 @@ def path_survival(forest: DraftForest, estimate: Double) -> Double:
         jump = jump[jump]
         reach *= 2
     return survival
+
+
+def _few_path_survival(forest: DraftForest, estimate: Double) -> Double:
+    survival: list[float] = []
+    first = 0
+    for node, (parent, own) in enumerate(zip(forest.parent.tolist(), estimate.tolist(), strict=True)):
+        if parent < 0:
+            first = node
+            survival.append(1.0)
+        else:
+            survival.append(survival[first + parent] * own)
+    return np.array(survival)
 
 
 def _class(depth: int) -> int:

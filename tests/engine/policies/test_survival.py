@@ -139,7 +139,7 @@ def test_survival_is_the_product_along_the_path_and_falls_on_the_way_down() -> N
     for _ in range(50):
         trees = [
             ([0] * size, [-1, *(int(rng.integers(0, i)) for i in range(1, size))])
-            for size in rng.integers(1, 40, size=3).tolist()
+            for size in rng.integers(1, 70, size=3).tolist()
         ]
         forest = DraftForest.from_parents(trees)
         estimate = np.where(forest.parent < 0, 1.0, rng.uniform(0.01, 0.995, size=forest.num_nodes))
