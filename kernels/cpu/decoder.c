@@ -25,13 +25,7 @@ typedef struct {
     float scale;
 } Model;
 
-typedef struct {
-    Team *team;
-    int capacity; /* rows that the buffers hold */
-    float *qkv;
-    bf16 *normed, *query, *attended, *inner;
-    Scratch *scratch; /* one for each member */
-} Context;
+typedef struct Context Context;
 
 static void norm_row(const float *x, const float *weight, bf16 *out, int size, float eps) {
     __m512 squares = _mm512_setzero_ps();
@@ -99,71 +93,111 @@ static void embed_row(const Model *m, int token, float *x) {
     }
 }
 
+/* The job in hand lies in the context: a late member may still look at one that is over. */
 typedef struct {
-    Context *context;
     const Model *model;
     const Layer *layers;
     const Batch *batch;
     float *x; /* [T, C] */
     bf16 *kv; /* the first layer's cache */
     int64_t kv_stride; /* elements from one layer to the next */
-    int begin, end, embed;
+    int T, begin, end, embed;
     int rows; /* of one sequence, attended together */
     int64_t *items; /* first attention item of each sequence [B + 1] */
+    int attentions; /* items in all */
 } Forward;
 
-static inline void rows_norm(Team *team, const Forward *f, const float *weight) {
-    const int C = f->model->hidden, T = f->batch->T;
-    for (int row; (row = team_take(team, 1)) < T;)
-        norm_row(f->x + (long)row * C, weight, f->context->normed + (long)row * C, C, f->model->eps);
-    team_barrier(team);
+typedef struct {
+    const Model *model;
+    const float *x;
+    const int64_t *rows;
+    float *logits;
+    int count;
+} Logits;
+
+typedef struct {
+    Attention a;
+    const Batch *batch;
+    const bf16 *q;
+    bf16 *out;
+    int B;
+} Attend;
+
+struct Context {
+    Team *team;
+    int capacity; /* rows that the buffers hold */
+    float *qkv;
+    bf16 *normed, *query, *attended, *inner;
+    Scratch *scratch; /* one for each member */
+    Model model; /* a copy: what a late member reads of a model that may be gone */
+    Forward forward;
+    Logits logits;
+    Attend attend;
+    Linear linear;
+};
+
+/* As many rows at a time as keep the members even; a lone row is no work to share. */
+static inline int row_grain(const Place *place, int rows) {
+    int grain = rows / (place->team->size * 4);
+    return grain < 1 ? 1 : grain;
 }
 
-static void rows_attend(Team *team, const Forward *f, const Attention *a, Scratch *scratch) {
-    const Batch *batch = f->batch;
-    const int rows = f->rows;
-    const int64_t total = f->items[batch->B];
-    for (int64_t item; (item = team_take(team, 1)) < total;) {
+#define EACH_ROW(place, total, row) \
+    for (int grain_ = row_grain(place, total), first_; (first_ = team_take(place, total, grain_)) >= 0; team_finish(place, total, first_, grain_)) \
+        for (int row = first_, last_ = first_ + grain_ < (total) ? first_ + grain_ : (total); row < last_; row++)
+
+static void norm_phase(Place *place, Context *c, const float *weight) {
+    const Forward *f = &c->forward;
+    const int C = c->model.hidden, T = f->T;
+    EACH_ROW(place, T, row) norm_row(f->x + (long)row * C, weight, c->normed + (long)row * C, C, c->model.eps);
+    team_next(place, T);
+}
+
+static void attend_phase(Place *place, Context *c, const Attention *a) {
+    const Forward *f = &c->forward;
+    const int rows = f->rows, total = f->attentions;
+    for (int item; (item = team_take(place, total, 1)) >= 0; team_finish(place, total, item, 1)) {
+        const Batch *batch = f->batch;
         int low = 0, high = batch->B;
         while (high - low > 1) {
             int middle = (low + high) / 2;
             if (f->items[middle] <= item) low = middle;
             else high = middle;
         }
-        int64_t rest = item - f->items[low];
+        int rest = item - f->items[low];
         int head = rest % a->kv_heads, row = rest / a->kv_heads * rows;
         int count = batch->first[low + 1] - batch->first[low] - row;
-        attend(a, batch, scratch, f->context->query, f->context->attended, low, head, row, count < rows ? count : rows);
+        attend(a, batch, c->scratch + place->member, c->query, c->attended, low, head, row, count < rows ? count : rows);
     }
-    team_barrier(team);
+    team_next(place, total);
 }
 
-static void forward_job(Team *team, int member, void *argument) {
-    const Forward *f = argument;
-    const Model *m = f->model;
-    const Batch *batch = f->batch;
-    Context *c = f->context;
-    const int T = batch->T, width = (m->heads + 2 * m->kv_heads) * m->size;
+static void forward_job(Place *place, void *argument) {
+    Context *c = argument;
+    const Forward *f = &c->forward;
+    const Model *m = &c->model;
+    const int T = f->T, width = (m->heads + 2 * m->kv_heads) * m->size;
     if (f->embed) {
-        for (int row; (row = team_take(team, 1)) < T;) embed_row(m, batch->tokens[row], f->x + (long)row * m->hidden);
-        team_barrier(team);
+        EACH_ROW(place, T, row) embed_row(m, f->batch->tokens[row], f->x + (long)row * m->hidden);
+        team_next(place, T);
     }
     for (int i = f->begin; i < f->end; i++) {
-        const Layer *layer = f->layers + i;
-        Attention a = {f->kv + i * f->kv_stride, m->heads, m->kv_heads, m->size, m->block, m->window, m->scale};
-        rows_norm(team, f, layer->input_norm);
-        linear_work(team, &(Linear){c->normed, layer->qkv, layer->qkv_bias, c->qkv, STORE, T, width, m->hidden});
-        team_barrier(team);
-        for (int row; (row = team_take(team, 1)) < T;) place_row(m, &a, layer, batch, c->qkv, c->query, row);
-        team_barrier(team);
-        rows_attend(team, f, &a, c->scratch + member);
-        linear_work(team, &(Linear){c->attended, layer->out, layer->out_bias, f->x, ADD, T, m->hidden, m->heads * m->size});
-        team_barrier(team);
-        rows_norm(team, f, layer->post_norm);
-        linear_work(team, &(Linear){c->normed, layer->gate_up, layer->gate_up_bias, c->inner, SILU_MUL, T, 2 * m->inner, m->hidden});
-        team_barrier(team);
-        linear_work(team, &(Linear){c->inner, layer->down, layer->down_bias, f->x, ADD, T, m->hidden, m->inner});
-        team_barrier(team);
+        const uint32_t phase = (uint32_t)(atomic_load(&place->team->ticket) >> 32);
+        if ((int32_t)(phase - place->phase) >= 8) { /* eight phases a layer: this one is over */
+            place->phase += 8;
+            continue;
+        }
+        const Layer layer = f->layers[i];
+        const Attention a = {f->kv + i * f->kv_stride, m->heads, m->kv_heads, m->size, m->block, m->window, m->scale};
+        norm_phase(place, c, layer.input_norm);
+        linear_phase(place, &(Linear){c->normed, layer.qkv, layer.qkv_bias, c->qkv, STORE, T, width, m->hidden});
+        EACH_ROW(place, T, row) place_row(m, &a, &layer, f->batch, c->qkv, c->query, row);
+        team_next(place, T);
+        attend_phase(place, c, &a);
+        linear_phase(place, &(Linear){c->attended, layer.out, layer.out_bias, f->x, ADD, T, m->hidden, m->heads * m->size});
+        norm_phase(place, c, layer.post_norm);
+        linear_phase(place, &(Linear){c->normed, layer.gate_up, layer.gate_up_bias, c->inner, SILU_MUL, T, 2 * m->inner, m->hidden});
+        linear_phase(place, &(Linear){c->inner, layer.down, layer.down_bias, f->x, ADD, T, m->hidden, m->inner});
     }
 }
 
@@ -213,6 +247,7 @@ void outrider_context_free(Context *c) {
 /* Layers begin ... end of a step: x [T, C] in and out (embedded first where `embed`), kv written. -1: out of memory. */
 int outrider_forward(Context *c, const Model *m, const Layer *layers, const Batch *batch, float *x, bf16 *kv, int64_t kv_stride,
                      int begin, int end, int embed) {
+    if (batch->T < 1) return 0;
     if (reserve(c, m, batch->T)) return -1;
     int64_t *items = malloc(sizeof(int64_t) * (batch->B + 1));
     if (!items) return -1;
@@ -225,36 +260,30 @@ int outrider_forward(Context *c, const Model *m, const Layer *layers, const Batc
             items[b + 1] = items[b] + (int64_t)((batch->first[b + 1] - batch->first[b] + rows - 1) / rows) * m->kv_heads;
         if (rows == 1 || items[batch->B] >= 3 * c->team->size) break;
     }
-    Forward f = {c, m, layers, batch, x, kv, kv_stride, begin, end, embed, rows, items};
-    team_run(c->team, forward_job, &f);
+    c->model = *m;
+    c->forward = (Forward){m, layers, batch, x, kv, kv_stride, batch->T, begin, end, embed, rows, items, (int)items[batch->B]};
+    team_run(c->team, forward_job, c);
     free(items);
     return 0;
 }
 
-typedef struct {
-    Context *context;
-    const Model *model;
-    const float *x;
-    const int64_t *rows;
-    float *logits;
-    int count;
-} Logits;
-
-static void logits_job(Team *team, int member, void *argument) {
-    const Logits *l = argument;
-    const Model *m = l->model;
-    (void)member;
-    for (int row; (row = team_take(team, 1)) < l->count;)
-        norm_row(l->x + l->rows[row] * m->hidden, m->norm, l->context->normed + (long)row * m->hidden, m->hidden, m->eps);
-    team_barrier(team);
-    linear_work(team, &(Linear){l->context->normed, m->head, NULL, l->logits, STORE, l->count, m->vocab, m->hidden});
+static void logits_job(Place *place, void *argument) {
+    Context *c = argument;
+    const Logits *l = &c->logits;
+    const Model *m = &c->model;
+    const int count = l->count;
+    EACH_ROW(place, count, row) norm_row(l->x + l->rows[row] * m->hidden, m->norm, c->normed + (long)row * m->hidden, m->hidden, m->eps);
+    team_next(place, count);
+    linear_phase(place, &(Linear){c->normed, m->head, NULL, l->logits, STORE, count, m->vocab, m->hidden});
 }
 
 /* logits [count, V] float of rows [count] of x [., C]. */
 int outrider_logits(Context *c, const Model *m, const float *x, const int64_t *rows, int count, float *logits) {
+    if (count < 1) return 0;
     if (reserve(c, m, count)) return -1;
-    Logits l = {c, m, x, rows, logits, count};
-    team_run(c->team, logits_job, &l);
+    c->model = *m;
+    c->logits = (Logits){m, x, rows, logits, count};
+    team_run(c->team, logits_job, c);
     return 0;
 }
 
@@ -278,37 +307,27 @@ void outrider_pack(const bf16 *weight, const bf16 *other, bf16 *panels, int N, i
 }
 
 /* The parts, for tests against their twins. */
-static void linear_job(Team *team, int member, void *argument) {
-    (void)member;
-    linear_work(team, argument);
-}
+static void linear_job(Place *place, void *argument) { linear_phase(place, &((Context *)argument)->linear); }
 
 void outrider_linear(Context *c, const bf16 *x, const bf16 *w, const float *bias, void *out, int sink, int M, int N, int K) {
-    Linear l = {x, w, bias, out, (Sink)sink, M, N, K};
-    team_run(c->team, linear_job, &l);
+    c->linear = (Linear){x, w, bias, out, (Sink)sink, M, N, K};
+    team_run(c->team, linear_job, c);
 }
 
-typedef struct {
-    Context *context;
-    const Attention *a;
-    const Batch *batch;
-    const bf16 *q;
-    bf16 *out;
-} Attend;
-
-static void attend_job(Team *team, int member, void *argument) {
-    const Attend *t = argument;
-    const int rows = attention_rows(t->a);
-    for (int b = 0; b < t->batch->B; b++)
-        for (int row = 0; row < t->batch->first[b + 1] - t->batch->first[b]; row += rows)
-            for (int head = 0; head < t->a->kv_heads; head++)
-                if ((b + row / rows + head) % team->size == member) {
-                    int count = t->batch->first[b + 1] - t->batch->first[b] - row;
-                    attend(t->a, t->batch, t->context->scratch + member, t->q, t->out, b, head, row, count < rows ? count : rows);
-                }
+static void attend_job(Place *place, void *argument) {
+    Context *c = argument;
+    const Attend *t = &c->attend;
+    const int B = t->B;
+    for (int b; (b = team_take(place, B, 1)) >= 0; team_finish(place, B, b, 1)) {
+        const int rows = attention_rows(&t->a), total = t->batch->first[b + 1] - t->batch->first[b];
+        for (int head = 0; head < t->a.kv_heads; head++)
+            for (int row = 0; row < total; row += rows)
+                attend(&t->a, t->batch, c->scratch + place->member, t->q, t->out, b, head, row, total - row < rows ? total - row : rows);
+    }
+    team_next(place, B);
 }
 
 void outrider_attention(Context *c, const Attention *a, const Batch *batch, const bf16 *q, bf16 *out) {
-    Attend t = {c, a, batch, q, out};
-    team_run(c->team, attend_job, &t);
+    c->attend = (Attend){*a, batch, q, out, batch->B};
+    team_run(c->team, attend_job, c);
 }
