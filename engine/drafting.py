@@ -76,7 +76,7 @@ class Drafting:
             ]
             if not any(allowed) or self._benches[id(drafter)].sits(self._clock()):
                 continue
-            asked = policy.allot(drafter.name, seqs, allowed, answers.gained, load)
+            asked = policy.allot(drafter, seqs, allowed, answers.gained, load)
             owners = [b for b, budget in enumerate(asked) if budget > 0]
             if not owners:
                 continue

@@ -166,8 +166,8 @@ class Policy(Protocol):
         """Before drafting: the most draft nodes of each sequence in this step; 0 is plain decoding."""
         ...
 
-    def allot(self, drafter: str, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
-        """Before each drafter in turn: how many nodes it may draft for each sequence, at most budgets[b]; 0 = do not ask it.
+    def allot(self, drafter: Drafter, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
+        """Before each drafter in turn: how many nodes it may draft for each sequence, at most budgets[b]; 0 = it is not asked.
 
         gained[b]: tokens expected from the trees of the drafters before it; None where they had nothing. Here: the first drafter
         that has more than a root wins.

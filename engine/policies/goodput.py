@@ -26,13 +26,12 @@ from numpy.typing import NDArray
 from engine.plan import StepPlan, StepResult
 from engine.policies.allocation import Selection, allocate, decoding_rate, select
 from engine.policies.survival import Survival, path_survival
-from engine.protocols import Choice, CostModel, Load, Policy, Reason
+from engine.protocols import Choice, CostModel, Drafter, Load, Policy, Reason
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
 
 Double = NDArray[np.float64]
 
-FREE_SHARE = 0.1  # of a step: a drafter that takes less is asked first, and whether it paid is seen afterwards
 FIRST_BUDGET, LEAST_BUDGET = 8, 4  # nodes
 TO_START = 1.02  # goodput over plain decoding's that starts speculation; going on takes none (hysteresis)
 TO_START_DRAFTER = 1.05  # the same for a drafter that costs
@@ -44,7 +43,6 @@ MOST_CREDIT = 2.0  # steps that may be lost on them at once
 LONGEST_CHAIN = 16  # of a drafter that costs
 NEGLIGIBLE_SHARE = 0.005  # of a step: what a drafter may take although it never finds anything
 WORTH_RATE, LONGEST_REST = 0.05, 16
-PRICE_RATE = 0.1
 CURVE_STEPS = 16  # for which a cost that was looked up holds
 ERROR_RATE = 0.02
 
@@ -63,15 +61,14 @@ class _Record:
 class _Worth:
     """Whether asking a drafter pays: seconds won by the nodes that were kept against seconds spent, moving averages."""
 
-    price: float  # seconds that it takes for one sequence, lately
+    costly: bool  # every depth costs a forward: whether asking pays is decided before (CatchesUp)
     won: float = 0.0
     spent: float = 0.0
     rest: int = 1  # steps of the next rest
     left: int = 0  # steps of this one
     took: float | None = None  # spent in this step; None: not asked
     asked: int = 0
-    costly: bool = False  # it is decided before each step whether asking it pays,
-    on: bool = False  # and it did
+    on: bool = False  # a costly one was asked because it pays
 
     def settle(self, won: float, negligible: float) -> None:
         """A step in which it was asked is over; a drafter that takes less than `negligible` seconds never rests."""
@@ -128,13 +125,10 @@ class GoodputPolicy(Policy):
             budgets.append(record.asked)
         return budgets
 
-    def allot(self, drafter: str, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
-        worth = self._worth.get(drafter)
-        if worth is None:
-            worth = self._worth[drafter] = _Worth(self.cost.draft_seconds(drafter, 1, FIRST_BUDGET))
-        worth.costly = worth.price * sum(budget > 0 for budget in budgets) > FREE_SHARE * self._plain
+    def allot(self, drafter: Drafter, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
+        worth = self._worth.setdefault(drafter.name, _Worth(getattr(drafter, "costly", False)))
         if worth.costly:
-            return self._allot_costly(drafter, worth, seqs, budgets, gained, load)
+            return self._allot_costly(drafter.name, worth, seqs, budgets, gained, load)
         if worth.left:
             worth.left -= 1
             return [0] * len(seqs)
@@ -152,7 +146,6 @@ class GoodputPolicy(Policy):
         worth.took, worth.asked = seconds, worth.asked + 1
         if worth.costly or worth.asked % 16 == 1:  # nobody looks up what a cheap one costs
             self.cost.observe_draft(drafter, sequences, depth, seconds)
-        worth.price += PRICE_RATE * (seconds / sequences - worth.price)
 
     def trim(self, forest: DraftForest, seqs: Seq[Sequence], load: Load) -> Choice:
         roots, drafts = forest.num_trees, forest.num_drafts

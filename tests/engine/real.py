@@ -114,7 +114,7 @@ class WhimsicalPolicy(Policy):
     def budgets(self, seqs: Seq[Sequence], load: Load) -> list[int]:
         return [int(self.rng.integers(0, self.most + 1)) for _ in seqs]
 
-    def allot(self, drafter: str, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
+    def allot(self, drafter: Drafter, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
         asked = [int(self.rng.integers(0, budget + 1)) for budget in budgets]
         self.fused += sum(bool(count) and gain is not None for count, gain in zip(asked, gained, strict=True))
         return asked

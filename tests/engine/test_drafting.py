@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.drafting import Drafting
-from engine.protocols import NO_SIGNALS, Load, Observed, Policy, Siblings, Signals
+from engine.protocols import NO_SIGNALS, Drafter, Load, Observed, Policy, Siblings, Signals
 from engine.request import Request, SamplingParams, Speculation
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
@@ -153,7 +153,7 @@ class AskEveryone(Policy):
     def budgets(self, seqs: Seq[Sequence], load: Load) -> list[int]:
         return [8] * len(seqs)
 
-    def allot(self, drafter: str, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
+    def allot(self, drafter: Drafter, seqs: Seq[Sequence], budgets: Seq[int], gained: Seq[float | None], load: Load) -> list[int]:
         self.gained.append(list(gained))
         return list(budgets)
 

@@ -11,7 +11,7 @@ import pytest
 from engine import registry
 from engine.plan import StepPlan, StepResult, StepTimes
 from engine.protocols import Load, Siblings
-from engine.registry import check_pairing, make, make_policy
+from engine.registry import check_pairing, make, make_drafter, make_policy
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
 from tests.fakes import make_request
@@ -46,7 +46,7 @@ def test_these_policies_keep_every_draft_and_learn_nothing(name: str) -> None:
 
 
 def test_without_a_better_idea_the_first_drafter_that_has_a_guess_wins() -> None:
-    assert make_policy("fixed").allot("d", sequences(3), [8, 0, 3], [None, None, 1.5], LOAD) == [8, 0, 0]
+    assert make_policy("fixed").allot(make_drafter("none"), sequences(3), [8, 0, 3], [None, None, 1.5], LOAD) == [8, 0, 0]
 
 
 def test_a_negative_budget_is_refused() -> None:

@@ -166,7 +166,7 @@ def test_a_spike_and_a_drain_leave_acceptance_as_it_was() -> None:
 
 
 def costly(odds: Odds, per_depth: float, count: int = 1, **options: object) -> tuple[World, ChainDrafter]:
-    drafter = ChainDrafter("m", odds)
+    drafter = ChainDrafter("m", odds, costly=True)
     cost = affine_cost(0.005, 0.0004, m=lambda n, depth: per_depth * depth * (1 + 0.1 * n))
     return World(GoodputPolicy(cost, **options), cost, [drafter], count), drafter  # type: ignore[arg-type]
 
@@ -200,7 +200,7 @@ def test_one_that_does_not_pay_is_left_alone_and_asked_again() -> None:
 
 def test_what_a_cheaper_drafter_has_found_is_not_paid_for_again() -> None:
     cost = affine_cost(0.005, 0.0002, m=lambda n, depth: 0.0008 * depth, d=lambda n, depth: CHEAP * n)
-    lookup, model = ChainDrafter("d", even(0.97)), ChainDrafter("m", even(0.8))
+    lookup, model = ChainDrafter("d", even(0.97)), ChainDrafter("m", even(0.8), costly=True)
     World(GoodputPolicy(cost), cost, [lookup, model]).run(300)
     assert model.asked < 60 < lookup.asked
 

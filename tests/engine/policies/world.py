@@ -53,8 +53,8 @@ class ChainDrafter:
     needs = NO_SIGNALS
     siblings = Siblings.POINT
 
-    def __init__(self, name: str, odds: Odds, seed: int = 0) -> None:
-        self.name, self.odds, self.rng = name, odds, np.random.default_rng(seed)
+    def __init__(self, name: str, odds: Odds, seed: int = 0, costly: bool = False) -> None:
+        self.name, self.odds, self.rng, self.costly = name, odds, np.random.default_rng(seed), costly
         self.asked = 0
 
     def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
