@@ -9,6 +9,7 @@ from engine.plan import StepPlan, StepResult
 from engine.probe import Probe, run_probe
 from engine.protocols import Policy
 from engine.worker import Worker
+from kernels.cpu.build import digest
 
 
 class LocalExecutor:
@@ -25,7 +26,8 @@ class LocalExecutor:
         return self._worker.step(plan)
 
     def platform(self) -> dict[str, str]:
-        return machine.describe(self._worker.device)
+        own = {"kernels": digest()} if self.info.backend == "native" else {}
+        return machine.describe(self._worker.device) | own
 
     def tier(self, tokens: int) -> int:
         return tokens if self._worker.runner.scratch_slot is None else padded_rows(tokens)

@@ -35,6 +35,15 @@ def compiler() -> str | None:
 
 
 @cache
+def digest() -> str:
+    """Of the sources and how they are compiled: other kernels, other speeds."""
+    made = hashlib.sha256(" ".join(FLAGS).encode())
+    for name in SOURCES:
+        made.update((HERE / name).read_bytes())
+    return made.hexdigest()[:16]
+
+
+@cache
 def library(folder: Path | None = None) -> ctypes.CDLL:
     """The kernels, from `folder` (default: ~/.cache/outrider/kernels) or compiled into it: about 3 seconds, once.
 
@@ -44,10 +53,7 @@ def library(folder: Path | None = None) -> ctypes.CDLL:
     if missing:
         raise Unavailable(f"the processor lacks {', '.join(missing)}")
     folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider" / "kernels"
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for name in SOURCES:
-        digest.update((HERE / name).read_bytes())
-    target = folder / f"decoder-{digest.hexdigest()[:16]}.so"
+    target = folder / f"decoder-{digest()}.so"
     if not target.exists():
         _compile(target)
     try:
