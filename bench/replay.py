@@ -6,8 +6,8 @@
 Every answer is drafted for step by step as the engine would: the drafts that the recorded tokens follow stand, the next token is
 the bonus. One sequence runs at a time. `first` is the first time an answer is asked for (a sampled answer follows the greedy one
 to the same prompt), `again` the second, by the same drafter with what it kept. Times are CPU time of the thread. Rows of draft
-nodes that did not stand are unknown here, so a drafter that also learns from those (token_recycling, stand) learns less than in a real
-run. The whole budget is drafted: no policy, no cost of verifying.
+nodes that did not stand are unknown here, so a drafter that also learns from those (token_recycling, stand) learns less than in
+a real run. The whole budget is drafted: no policy, no cost of verifying.
 """
 
 from __future__ import annotations
