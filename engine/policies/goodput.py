@@ -32,7 +32,7 @@ from engine.tree import DraftForest, Verdict
 
 Double = NDArray[np.float64]
 
-FIRST_BUDGET, LEAST_BUDGET = 8, 4  # nodes
+FIRST_BUDGET, LEAST_BUDGET = 16, 4  # nodes
 TO_START = 1.02  # goodput over plain decoding's that starts speculation; going on takes none (hysteresis)
 TO_START_DRAFTER = 1.05  # the same for a drafter that costs
 PROBE_SHARE = 0.005  # of the time goes to drafts that would not pay by what is known
