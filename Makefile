@@ -46,7 +46,7 @@ $(MODELS): tests/models.py tests/hf_export.py tests/sentencepiece.py tests/engin
 test test-long: export OMP_NUM_THREADS := 1
 
 test: $(MODELS)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 test-long: $(MODELS)
 	$(BIN)/python -m pytest -m long $(ARGS)
