@@ -21,7 +21,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: int | None = None  # None: by --gpu-memory-utilization on a GPU, a share of RAM on a CPU
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
-    drafters: list[str] = msgspec.field(default_factory=lambda: ["prediction", "suffix", "ngram"])
+    drafters: list[str] = msgspec.field(default_factory=lambda: ["prediction", "suffix"])
     verifier: str = "match"
     policy: str = "goodput"  # goodput | fixed | off
     budget: int = 8  # draft nodes per sequence and step under `fixed`
