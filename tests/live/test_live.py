@@ -90,14 +90,14 @@ async def test_a_request_chooses_its_drafters(http: httpx.AsyncClient) -> None:
     answer = (await http.post("/v1/completions", json=body | {"speculation": "off"})).json()["choices"][0]["text"]
     body["prediction"] = {"type": "content", "content": answer}
     drafted = {}
-    for choice in ("ngram", "prediction"):
+    for choice in ("suffix", "prediction"):
         response = (await http.post("/v1/completions", json=body | {"speculation": {"drafter": choice, "max_nodes": 2}})).json()
         assert response["choices"][0]["text"] == answer
         report = response["metrics"]["speculative_decoding"]
         drafted[choice] = set(report["drafters"])
         assert len(report["acceptance_histogram"]) <= 3
         assert report["num_draft_tokens"] <= 2 * report["num_spec_steps"]
-    assert drafted["ngram"] <= {"ngram"}
+    assert drafted["suffix"] <= {"suffix"}
     assert drafted["prediction"] == {"prediction"}
 
 

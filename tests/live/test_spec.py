@@ -24,7 +24,7 @@ async def test_both_arms_of_a_live_server(
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     monkeypatch.setattr(serve.append, "__defaults__", (tmp_path,))
     argv = ["--base-url", f"{server.url}/v1", "--api-key", KEY, "--file", str(tmp_path / "q.jsonl"), "--max-tokens", "12"]
-    argv += ["--picture", str(tmp_path / "p.png"), "--warmup", "1", "--max-nodes", "4", "--drafter", "ngram"]
+    argv += ["--picture", str(tmp_path / "p.png"), "--warmup", "1", "--max-nodes", "4", "--drafter", "suffix"]
     assert await asyncio.to_thread(spec.main, argv) == 0
     record = json.loads((tmp_path / "spec.jsonl").read_text())
     rows = {row["category"]: row for row in record["rows"]}
