@@ -66,7 +66,7 @@ def server(smollm2_gguf: Path) -> Iterator[Server]:
     with tempfile.TemporaryDirectory() as folder:
         flags = ["--dtype", "float32", "--max-model-len", "1024", "--kv-cache-memory-bytes", str(256 << 20)]
         # Two threads on two busy cores are many times slower than one. What is measured is not kept.
-        flags += ["--cache-dir", folder, "--num-threads", "1", "--api-key", KEY]
+        flags += ["--cache-dir", folder, "--num-threads", "1", "--api-key", KEY, "--drafters", "prediction,suffix,ngram"]
         running = start(smollm2_gguf, Path(folder) / "stderr", *flags)
         yield running
         code = stop(running)
