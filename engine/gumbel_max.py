@@ -97,7 +97,8 @@ class _Draw:
         tokens to take logarithms of.
         """
         odds = np.exp(np.minimum(self.values - np.float32(self.achieved), np.float32(0)))
-        left = np.flatnonzero(2**24 - 0.5 - bits.astype(np.float32) <= odds * 2**24)
+        # 2^24 - 0.5 is no float32: the half stands on the side where it costs nothing, or the largest noises would miss the mark.
+        left = np.flatnonzero((2**24 - bits).astype(np.float32) <= odds * 2**24 + 0.5)
         perturbed = self.values[left] + to_gumbel(torch.from_numpy(bits[left].view(np.int32))).numpy()
         return int(self.tokens[left[perturbed.argmax()]])
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.gumbel_max import UNUSABLE, Address, first_argmax, gumbel_argmax
+from engine.gumbel_max import UNUSABLE, Address, _Draw, first_argmax, gumbel_argmax
 from engine.noise import gumbel
 
 
@@ -81,3 +82,16 @@ def test_a_gpu_draws_the_same_tokens() -> None:
     addresses = [Address(2**64 - 1 - i, i, i) for i in range(7)]
     assert gumbel_argmax(scores.cuda(), range(7), addresses) == gumbel_argmax(scores, range(7), addresses)
     assert first_argmax(scores.cuda()) == first_argmax(scores)
+
+
+@pytest.mark.parametrize("peak", [0.0, -7.25, 31.0])
+def test_the_largest_noises_reach_what_they_achieve(peak: float) -> None:
+    """A token whose own noise set the mark is among those that are looked at, up to the largest noise there is."""
+    address = Address(1, 0, 0)
+    for missing in [*range(1, 200), 1000, 2**20, 2**24 - 1, 2**24]:
+        bits = np.array([5, 2**24 - missing], dtype=np.uint32)
+        noise = -np.log(-np.log((bits[1] + 0.5) * 2.0**-24))
+        slack = 1e-2 + 1e-6 * abs(peak)
+        values = np.array([peak - 40, peak], dtype=np.float32)
+        draw = _Draw(0, address, np.array([3, 8]), values, peak + float(noise) - slack)
+        assert draw.winner(bits) == 8
