@@ -87,7 +87,7 @@ def _race(row: np.ndarray, address: Address, count: int) -> Ranked:
     bits = words[tokens & 3, place] >> 8
     # -log(-log U) <= -log(1 - U): who reaches the bar has 1 - U <= exp(score - bar). Few are left to take logarithms of.
     odds = np.exp(np.minimum(entered - bar, np.float32(0)))
-    left = np.flatnonzero(2**24 - 0.5 - bits.astype(np.float32) <= odds * 2**24)
+    left = np.flatnonzero((2**24 - bits).astype(np.float32) <= odds * 2**24 + 0.5)  # see gumbel_max: the half is no float32
     perturbed = entered[left] + to_gumbel(torch.from_numpy(bits[left].view(np.int32))).numpy()
     order = np.argsort(-perturbed, kind="stable")[:count]
     return tokens[left[order]].tolist(), perturbed[order].tolist()
