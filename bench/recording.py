@@ -69,13 +69,10 @@ def record(
     model: str, prompts: Iterable[Prompt], length: int, temperatures: Sequence[float], samples: int, threads: int | None = None
 ) -> list[Recorded]:
     """Ask the model, undrafted: one greedy answer and `samples` of each other temperature per prompt, up to `length` tokens."""
-    registry.DRAFTERS["recording"] = "bench.recording:RecordingDrafter"
     RecordingDrafter.rows.clear()
     config = EngineConfig(model=model, drafters=["recording"], policy="off", max_num_seqs=24, num_threads=threads, profile=False)
-    try:
+    with registry.lent("drafter", "recording", "bench.recording:RecordingDrafter"):
         engine = Engine(config, LocalExecutor(config))
-    finally:
-        del registry.DRAFTERS["recording"]  # no drafter for anybody else in this process
     tokenizer = Tokenizer.load(model)
     asked: dict[str, tuple[Prompt, Request]] = {}
     for number, prompt in enumerate(prompts):

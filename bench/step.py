@@ -173,11 +173,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    registry.DRAFTERS.setdefault("filler", "bench.filler:FillerDrafter")
     tokenizer = Tokenizer.load(options.model)
     rows, records = [HEADING], []
     for nodes in options.nodes:
-        executor, engine = _engine(options, nodes)
+        with registry.lent("drafter", "filler", "bench.filler:FillerDrafter"):
+            executor, engine = _engine(options, nodes)
         for context, batch in itertools.product(options.context, options.batch):
             shape = Shape(batch, context, nodes)
             prompts = texts(tokenizer, batch, context)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
@@ -45,6 +46,16 @@ POLICIES = {
 }
 
 KINDS = {"drafter": DRAFTERS, "verifier": VERIFIERS, "policy": POLICIES}
+
+
+@contextmanager
+def lent(kind: str, name: str, path: str) -> Iterator[None]:
+    """A method from outside the house, known by its name inside the block alone: for measurements."""
+    KINDS[kind][name] = path
+    try:
+        yield
+    finally:
+        del KINDS[kind][name]  # one process may measure and then serve, as the tests do
 
 
 def make(kind: str, name: str, **options: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 
 from bench.filler import FillerDrafter
 from bench.step import HEADING, PARTS, Shape, Timing, Watched, main, measure, row, texts
+from engine import registry
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plan import StepTimes
@@ -71,7 +72,9 @@ def test_a_real_model(
     assert [len(prompt) for prompt in prompts] == [40, 40, 40]
     assert prompts[0] != prompts[1]
     flags = ["--batch", "1,3", "--nodes", "0,2", "--context", "40", "--steps", "4", "--threads", "1"]
+    known = dict(registry.DRAFTERS)
     assert main([str(smollm2_dir), *flags]) == 0
+    assert known == registry.DRAFTERS
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert [line[1:4] for line in lines[2:]] and len(lines) == 6
     for line in lines[2:]:
