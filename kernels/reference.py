@@ -22,11 +22,47 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), weight.float(), eps).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(norm of the sum, the sum) of x, residual [T, C]; the sum is rounded to their dtype before it is normed."""
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
 def rope_(qk: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate qk [T, heads, D] in place. cos, sin [T, 1, D]; sin carries the sign of rotate-half: its first half is negated."""
     rows, heads, size = qk.shape
     swapped = qk.view(rows, heads, 2, size // 2).flip(2).view(rows, heads, size)
     return qk.mul_(cos).addcmul_(swapped, sin)
+
+
+def rope_write_kv_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    kv: Tensor,
+    slots: Tensor,
+    num_heads: int,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """QK norm, rotation and cache write of one layer's qkv [T, (H + 2 K) * D]; rotates its queries in place, returns [T, H, D].
+
+    cos, sin [P, 1, D] of all positions; positions, slots [T]; kv [N, 2, K, S, D]. A row with a negative slot is not stored.
+    """
+    num_kv_heads, _, size = kv.shape[2:]
+    heads = num_heads + num_kv_heads
+    qk = qkv[:, : heads * size].reshape(-1, heads, size).clone()
+    if q_weight is not None and k_weight is not None:
+        qk[:, :num_heads] = rms_norm(qk[:, :num_heads], q_weight, eps)
+        qk[:, num_heads:] = rms_norm(qk[:, num_heads:], k_weight, eps)
+    rope_(qk, cos[positions], sin[positions])
+    new = torch.cat((qk[:, num_heads:], qkv[:, heads * size :].reshape(-1, num_kv_heads, size)), 1)
+    stored = slots >= 0
+    write_kv(kv, new[stored].unflatten(1, (2, num_kv_heads)).to(kv.dtype), slots[stored])
+    queries = qkv[:, : num_heads * size].unflatten(1, (num_heads, size))
+    return queries.copy_(qk[:, :num_heads])
 
 
 def silu_mul(x: Tensor) -> Tensor:
