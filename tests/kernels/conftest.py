@@ -1,16 +1,15 @@
-"""Triton kernels run under Triton's interpreter where there is no CUDA device. Decided here, before a kernel is imported."""
+"""Triton kernels run under Triton's interpreter where there is no CUDA device, and only inside this folder's tests."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from contextlib import nullcontext
+from importlib.util import find_spec
 
-import numpy as np
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
+from kernels.interpreter import interpreted
 
 
 @pytest.fixture
@@ -19,7 +18,6 @@ def device() -> torch.device:
 
 
 @pytest.fixture(autouse=True)
-def quiet_interpreter() -> Iterator[None]:
-    """The interpreter computes with numpy, which warns of infinities and NaN that a kernel means."""
-    with np.errstate(all="ignore"):
+def interpreter() -> Iterator[None]:
+    with nullcontext() if torch.cuda.is_available() or find_spec("triton") is None else interpreted():
         yield
