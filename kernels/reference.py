@@ -11,6 +11,7 @@ head's keys of one block are contiguous, so a context is gathered in whole piece
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +80,19 @@ def kv_rows(slots: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
     return rows.view(-1, 2, num_kv_heads)
 
 
-def write_kv(kv: Tensor, new: Tensor, slots: Tensor) -> None:
-    """Store new [T, 2, K, D] (keys and values of the fed rows) at slots [T] of kv [N, 2, K, S, D]."""
-    rows = kv_rows(slots, kv.shape[2], kv.shape[3])
-    kv.view(-1, kv.shape[-1]).index_copy_(0, rows.view(-1), new.reshape(-1, kv.shape[-1]))
+def write_kv(kv: Tensor, new: Tensor, slots: Tensor, kv_scale: Tensor | None = None) -> None:
+    """Store new [T, 2, K, D] (keys and values of the fed rows) at slots [T] of kv [N, 2, K, S, D]; a negative slot: nowhere.
+
+    kv_scale [2, K] float32, where kv is float8: what is stored is new / kv_scale, within the type's range.
+    """
+    if kv_scale is not None:
+        most = torch.finfo(kv.dtype).max
+        new = (new.float() / kv_scale[..., None]).clamp(-most, most)
+    stored = slots >= 0
+    rows = kv_rows(slots[stored], kv.shape[2], kv.shape[3])
+    bits = kv.view(torch.uint8) if kv.dtype.itemsize == 1 else kv  # few operators know float8
+    fresh = new[stored].to(kv.dtype).view(bits.dtype)
+    bits.view(-1, kv.shape[-1]).index_copy_(0, rows.view(-1), fresh.reshape(-1, kv.shape[-1]))
 
 
 def commit_kv(kv: Tensor, source: Tensor, target: Tensor) -> None:
@@ -96,32 +106,89 @@ def commit_kv(kv: Tensor, source: Tensor, target: Tensor) -> None:
 
 
 def copy_blocks(kv: Tensor, source: Tensor, target: Tensor) -> None:
-    """Copy whole blocks source [M] to target [M] in every layer of kv [layers, N, 2, K, S, D]."""
+    """Copy whole blocks source [M] to target [M] in every layer of kv [layers, N, 2, K, S, D]; no block is in both."""
     kv[:, target] = kv[:, source]
 
 
-def tree_attention(
-    q: Tensor, kv: Tensor, block_tables: Tensor, cu_q: Tensor, context_lens: Tensor, ancestors: Tensor, scale: float
-) -> Tensor:
-    """Paged attention of prompt chunks and draft trees; returns [T, H, D].
+def pack_words(mask: Tensor) -> Tensor:
+    """bool [..., n] -> int32 words [..., ceil(n / 32)]: bit j % 32 of word j // 32 is mask[..., j]."""
+    bits = F.pad(mask, (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    return (bits.long() << torch.arange(32, device=mask.device)).sum(-1).to(torch.int32)
 
-    q [T, H, D]; kv [N, 2, K, S, D]; block_tables [B, W]; cu_q [B + 1]; context_lens [B] (committed tokens before this
-    step's rows); ancestors [T, max rows] bool: ancestors[t, j] says whether row t sees row j of its own sequence (row
-    j of sequence b lies at position context_lens[b] + j of the block table). Every row sees the whole context.
-    A prompt chunk is the case of a lower triangle. One loop turn per sequence: this is the definition, not the fast path.
+
+def unpack_words(words: Tensor) -> Tensor:
+    """int32 words [..., W] -> bool [..., 32 * W]."""
+    return (words[..., None] >> torch.arange(32, device=words.device, dtype=torch.int32) & 1).bool().flatten(-2)
+
+
+def tree_mask(parent: Tensor, start: Tensor, num_words: int) -> tuple[Tensor, Tensor]:
+    """Depth [N] and ancestors (itself among them) as words [N, num_words] of every tree node, int32 both.
+
+    parent [N] int32: index inside the own tree, -1 for a root; tree b owns nodes start[b] : start[b + 1] (int32 [B + 1]), parents
+    before children, at most 32 * num_words of them.
     """
-    out = torch.empty_like(q)
+    depth = torch.zeros(len(parent), dtype=torch.int32, device=parent.device)
+    seen = torch.zeros(len(parent), 32 * num_words, dtype=torch.bool, device=parent.device)
+    for begin, end in pairwise(start.tolist()):
+        for node in range(begin, end):
+            above = int(parent[node])
+            if above >= 0:
+                depth[node] = depth[begin + above] + 1
+                seen[node] = seen[begin + above]
+            seen[node, node - begin] = True
+    return depth, pack_words(seen)
+
+
+def tree_attention(
+    q: Tensor,
+    kv: Tensor,
+    block_tables: Tensor,
+    cu_q: Tensor,
+    context_lens: Tensor,
+    ancestors: Tensor | None,
+    scale: float,
+    *,
+    roots: Tensor | None = None,
+    positions: Tensor | None = None,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    kv_scale: Tensor | None = None,
+) -> Tensor:
+    """Paged attention of prompt chunks and draft trees; returns [T, H, D]. Rows that belong to no sequence come back as zeros.
+
+    q [T, H, D]; kv [N, 2, K, S, D]; block_tables [B, W]; cu_q [B + 1]: sequence b owns rows cu_q[b] : cu_q[b + 1]; context_lens
+    [B]: committed tokens before this step's rows, which every row sees. Row j of sequence b lies at position context_lens[b] + j
+    of its block table. Its rows before roots[b] (int [B]; None: 0) are a causal chunk, and the others, its tree, see that chunk
+    and of the tree what ancestors says: int32 words [T, words], bit i of row t: it sees row roots[b] + i (`tree_mask`, or bool
+    [T, rows]). A prompt chunk without a tree has roots[b] = its number of rows; ancestors None: all are.
+
+    window: a row sees the keys whose positions lie less than that many behind its own; positions [T] of the rows, by depth.
+    soft_cap: scores become cap * tanh(score / cap) (Gemma 2, arXiv 2408.00118). kv_scale [2, K] float32: of a float8 kv, which
+    holds keys and values divided by it. One loop turn per sequence: this is the definition, not the fast path.
+    """
+    out = torch.zeros_like(q)
     num_kv_heads, block_size, size = kv.shape[2:]
     groups = q.shape[1] // num_kv_heads
+    seen_nodes = unpack_words(ancestors) if ancestors is not None and ancestors.dtype == torch.int32 else ancestors
     for b in range(len(context_lens)):
         first, last, context = int(cu_q[b]), int(cu_q[b + 1]), int(context_lens[b])
-        length = context + last - first
-        blocks = block_tables[b, : -(-length // block_size)]
-        keys, values = kv[blocks].permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, size)[:, :, :length]
-        seen = torch.ones(last - first, length, dtype=torch.bool, device=q.device)
-        seen[:, context:] = ancestors[first:last, : last - first]
-        rows = q[first:last].transpose(0, 1).float()  # [H, rows, D]
-        scores = rows @ keys.repeat_interleave(groups, 0).transpose(1, 2).float() * scale
+        rows, length = last - first, context + last - first
+        blocks = block_tables[b, : -(-length // block_size)].long()
+        pages = kv[blocks].float()
+        if kv_scale is not None:
+            pages = pages * kv_scale[:, :, None, None]
+        keys, values = pages.permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, size)[:, :, :length]
+        seen = torch.ones(rows, length, dtype=torch.bool, device=q.device).tril(context)
+        if seen_nodes is not None:
+            root = 0 if roots is None else int(roots[b])
+            seen[root:, context + root :] &= seen_nodes[first + root : last, : rows - root]
+        if window is not None and positions is not None:
+            own = positions[first:last].long()
+            at = torch.cat((torch.arange(context, device=q.device), own))
+            seen &= at > own[:, None] - window
+        scores = q[first:last].transpose(0, 1).float() @ keys.repeat_interleave(groups, 0).transpose(1, 2) * scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
         weights = torch.softmax(scores.masked_fill(~seen, -math.inf), -1)
-        out[first:last] = (weights @ values.repeat_interleave(groups, 0).float()).transpose(0, 1).to(q.dtype)
+        out[first:last] = (weights @ values.repeat_interleave(groups, 0)).transpose(0, 1).to(q.dtype)
     return out
