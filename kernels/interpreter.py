@@ -16,6 +16,7 @@ import numpy as np
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Launches and device functions of `@triton.jit` are interpreted. Not for several threads at once; may be nested."""
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -25,10 +26,19 @@ def interpreted() -> Iterator[None]:
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
         return InterpretedFunction(function.fn)(*args, **kwargs)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        # Scalars are arrays of one element there; numpy >= 2.4 makes no int of those, and no loop could have a bound that is one.
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
     compiled = JITFunction.run, JITFunction.__call__
     JITFunction.run, JITFunction.__call__ = run, call
+    interpreter._patch_lang_tensor = patch
     try:
         with np.errstate(all="ignore"):  # it computes with numpy, which warns of infinities that a kernel means
             yield
     finally:
         JITFunction.run, JITFunction.__call__ = compiled
+        interpreter._patch_lang_tensor = patch_tensor
