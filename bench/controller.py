@@ -1,18 +1,21 @@
 """Does the policy choose well? Every policy on the same answers and simulated machines: `python -m bench.controller`.
 
 Policies: off, fixed lengths, one length for the batch by global acceptance (SmartSpec's), the engine's own `goodput`, and an
-oracle that knows which drafts will stand. Loads: so many requests at a time, and Poisson arrivals at shares of what the machine
-can do without drafts. Machines: formulas and this project's measured CPU table (bench/hardware.py). It all is a simulation
-(bench/simulation.py): the scheduler, drafters and policies are the engine's, the model and its time are not.
+oracle that knows which drafts will stand. Loads: so many requests at a time, Poisson arrivals at shares of what the machine can
+do without drafts, or waves (bench/waves.py): one run whose load changes. Machines: formulas and this project's measured CPU
+table (bench/hardware.py). It all is a simulation (bench/simulation.py): the scheduler, drafters and policies are the engine's,
+the model and its time are not.
 
     python -m bench.controller                            made-up answers, half of them copying
     python -m bench.controller --data ../shared/data      stretches of real texts
     python -m bench.controller --recording FILE           what `bench.replay record` kept
+    python -m bench.controller --waves                    one run through spikes and drains instead of fixed loads
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from bench.rivals import OraclePolicy, UniformPolicy
 from bench.serve import append, numbers_list
 from bench.simulation import Hardware, Outcome, ReplayExecutor, Simulation, World, make_info
 from bench.summary import markdown
+from bench.waves import WAVES, Wave, total, waves
 from engine.cost import CostModel, guess
 from engine.profile import Profile
 from engine.protocols import Policy
@@ -105,6 +109,23 @@ def closed(
     return {arm.name: _sum(simulate(arm, machine, drafters, seed).closed(asked, load) for seed in range(seeds)) for arm in chosen}
 
 
+def waved(
+    recorded: Sequence[Recorded],
+    machine: Hardware,
+    schedule: Sequence[Wave],
+    chosen: Iterable[Arm],
+    drafters: Sequence[str] = ("ngram",),
+    seeds: int = 1,
+) -> dict[str, Outcome]:
+    """Every arm with the same requests in waves, by name: a server through spikes and drains. Each seed has another order."""
+    asked = [recorded[i % len(recorded)] for i in range(total(schedule))]
+    orders = [random.Random(seed).sample(asked, len(asked)) for seed in range(seeds)]
+    return {
+        arm.name: _sum(simulate(arm, machine, drafters, seed).waves(order, schedule) for seed, order in enumerate(orders))
+        for arm in chosen
+    }
+
+
 def _sum(outcomes: Iterable[Outcome]) -> Outcome:
     first, *rest = outcomes
     for other in rest:
@@ -155,7 +176,7 @@ def _machines(names: Iterable[str], table: Path) -> list[Hardware]:
 def _recorded(options: argparse.Namespace) -> list[Recorded]:
     if options.recording is not None:
         return read(options.recording)
-    count = max(LEAST, PER_LOAD * max(options.loads))
+    count = total(options.waves) if options.waves else max(LEAST, PER_LOAD * max(options.loads))
     if options.data is not None:
         return traces.real(options.data, count, options.copy_share)
     return traces.synthetic(count, options.copy_share)
@@ -175,40 +196,63 @@ def _parser() -> argparse.ArgumentParser:
     add("--loads", type=numbers_list(int), default=list(LOADS), metavar="N,N", help="requests at a time")
     add("--drafters", default="ngram", help="comma list (default: ngram)")
     add("--seeds", type=int, default=1, help="runs that are added up")
+    add("--waves", type=waves, nargs="?", const=WAVES, metavar="NxM,NxM", help=f"N at a time for M requests, ... ({WAVES})")
     add("--no-poisson", action="store_true", help="leave the Poisson arrivals out")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    drafters = options.drafters.split(",")
     recorded = _recorded(options)
-    chosen = arms()
-    source = str(options.recording or options.data or "made up")
-    print(f"answers: {source}, {traces.kinds(recorded)}; simulated\n")
-    rows, late = [["machine", "at a time", *(arm.name for arm in chosen), "goodput / best fixed"]], []
+    print(f"answers: {options.recording or options.data or 'made up'}, {traces.kinds(recorded)}; simulated\n")
+    tables, pictures = (_in_waves if options.waves else _under_load)(options, recorded)
+    print("\n\n".join(markdown(rows) for rows in tables.values()))
+    record = append("controller", {"settings": {k: str(v) for k, v in vars(options).items()}, **tables})
+    print(f"\nrecord: {record}; pictures: {', '.join(str(picture) for picture in pictures)}")
+    return 0
+
+
+Tables = dict[str, list[list[str]]]
+
+
+def _under_load(options: argparse.Namespace, recorded: Sequence[Recorded]) -> tuple[Tables, list[Path]]:
+    drafters, chosen = options.drafters.split(","), arms()
+    machines = _machines(options.machines.split(","), options.table)
+    tables = {"rows": [["machine", "at a time", *(arm.name for arm in chosen), "goodput / best fixed"]]}
+    late: list[list[str]] = []
     curves: dict[str, dict[str, list[float]]] = {}
-    for machine in _machines(options.machines.split(","), options.table):
+    for machine in machines:
         curve = curves.setdefault(machine.name, {arm.name: [] for arm in chosen})
         for load in options.loads:
             found = closed(recorded, machine, load, chosen, drafters, options.seeds)
             rates = [found[arm.name].goodput for arm in chosen]
             ratio = found[GOODPUT.name].goodput / best_fixed(found)
-            rows.append([machine.name, str(load), *(f"{rate:.0f}" for rate in rates), f"{ratio:.3f}"])
+            tables["rows"].append([machine.name, str(load), *(f"{rate:.0f}" for rate in rates), f"{ratio:.3f}"])
             for arm, rate in zip(chosen, rates, strict=True):
                 curve[arm.name].append(rate)
         if not options.no_poisson:
             late += poisson(recorded, machine, SHARES, drafters)
-    print(markdown(rows))
     if late:
         head = ["machine", "load", "policy", "tok/s while busy", *(f"TPOT p{p} ms" for p in (10, 50, 90, 99)), "accepted"]
-        print("\n" + markdown([head, *late]))
-    record = append("controller", {"settings": {k: str(v) for k, v in vars(options).items()}, "rows": rows, "poisson": late})
-    pictures = [draw_goodput(curves, options.loads, OUT / "controller-goodput.png")]
-    spike = simulate(GOODPUT, _machines(options.machines.split(","), options.table)[-1], drafters)
-    pictures.append(draw_budget(spiked(spike, recorded), OUT / "controller-budget.png"))
-    print(f"\nrecord: {record}; pictures: {', '.join(str(picture) for picture in pictures)}")
-    return 0
+        tables["poisson"] = [head, *late]
+    spike = spiked(simulate(GOODPUT, machines[-1], drafters), recorded)
+    return tables, [
+        draw_goodput(curves, options.loads, OUT / "controller-goodput.png"),
+        draw_budget({machines[-1].name: spike}, OUT / "controller-budget.png"),
+    ]
+
+
+def _in_waves(options: argparse.Namespace, recorded: Sequence[Recorded]) -> tuple[Tables, list[Path]]:
+    drafters, chosen = options.drafters.split(","), [arm for arm in arms() if arm is not GUESSING]
+    rows = [["machine", *(arm.name for arm in chosen), "goodput / best fixed", "oracle / best fixed"]]
+    shown: dict[str, Outcome] = {}
+    for machine in _machines(options.machines.split(","), options.table):
+        found = waved(recorded, machine, options.waves, chosen, drafters, options.seeds)
+        best = best_fixed(found)
+        ratios = [f"{found[arm.name].goodput / best:.3f}" for arm in (GOODPUT, ORACLE)]
+        rows.append([machine.name, *(f"{found[arm.name].goodput:.0f}" for arm in chosen), *ratios])
+        shown[machine.name] = found[GOODPUT.name]
+    return {"waves": rows}, [draw_budget(shown, OUT / "controller-waves.png")]
 
 
 def spiked(simulation: Simulation, recorded: Sequence[Recorded]) -> Outcome:

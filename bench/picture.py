@@ -34,23 +34,24 @@ def draw_goodput(curves: Mapping[str, Mapping[str, Sequence[float]]], loads: Seq
     return _save(figure, file)
 
 
-def draw_budget(outcome: Outcome, file: Path) -> Path:
-    """Draft nodes per sequence, and sequences, over the time of one run."""
+def draw_budget(outcomes: Mapping[str, Outcome], file: Path) -> Path:
+    """One panel per machine: draft nodes per sequence, and sequences, over the time of one run."""
     from matplotlib.figure import Figure
 
-    steps = [step for step in outcome.steps if step.sequences]
-    seconds = np.array([step.time for step in steps])
-    batch = np.array([step.sequences for step in steps], dtype=float)
-    drafts = np.array([step.drafts for step in steps], dtype=float)
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(seconds, _smooth(drafts / batch), label="draft nodes per sequence (chosen)")
-    axes.plot(seconds, _smooth(np.array([step.committed for step in steps]) / batch), label="tokens per sequence and step")
-    axes.set(xlabel="seconds (simulated)", ylabel="per sequence and step", title="goodput: chosen budget over time")
-    other = axes.twinx()
-    other.fill_between(seconds, batch, step="post", alpha=0.15, color="gray")
-    other.set_ylabel("sequences")
-    axes.legend(fontsize=8)
+    figure = Figure(figsize=(10, 3.5 * len(outcomes)), layout="constrained")
+    for axes, (machine, outcome) in zip(figure.subplots(len(outcomes), squeeze=False)[:, 0], outcomes.items(), strict=True):
+        steps = [step for step in outcome.steps if step.sequences]
+        seconds = np.array([step.time for step in steps])
+        batch = np.array([step.sequences for step in steps], dtype=float)
+        drafts = np.array([step.drafts for step in steps], dtype=float)
+        committed = np.array([step.committed for step in steps])
+        axes.plot(seconds, _smooth(drafts) / _smooth(batch), label="draft nodes per sequence (chosen)")
+        axes.plot(seconds, _smooth(committed) / _smooth(batch), label="tokens per sequence and step")
+        axes.set(xlabel="seconds (simulated)", ylabel="per sequence and step", title=f"goodput over time, {machine}")
+        other = axes.twinx()
+        other.fill_between(seconds, batch, step="post", alpha=0.15, color="gray")
+        other.set_ylabel("sequences")
+        axes.legend(fontsize=8)
     return _save(figure, file)
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import msgspec
 
 from bench.arithmetic import percentile, poisson_arrivals
 from bench.recording import Recorded
+from bench.waves import Wave
 from engine.blocks import BlockPool
 from engine.drafting import Drafting
 from engine.messages import EngineInfo
@@ -218,7 +220,7 @@ class Outcome:
 
 
 class Simulation:
-    """One policy on one machine; `closed` and `open` run a load and say what came of it."""
+    """One policy on one machine; `closed`, `waves` and `open` run a load and say what came of it."""
 
     def __init__(self, policy: Policy, executor: ReplayExecutor) -> None:
         info = executor.info
@@ -249,6 +251,18 @@ class Simulation:
             while waiting and self._scheduler.num_running + self._scheduler.num_waiting < concurrency:
                 self._add(waiting.pop(), self.world.now)
             self._step(outcome, counts=whole or 0 < len(waiting) <= first)
+        return self._finished(outcome)
+
+    def waves(self, recorded: Sequence[Recorded], schedule: Iterable[Wave]) -> Outcome:
+        """Requests in flight follow a schedule; every step counts, from the first prompt to the last token."""
+        outcome, coming = Outcome(), iter(recorded)
+        for wave in schedule:
+            for one in islice(coming, wave.requests):
+                while self._scheduler.num_running + self._scheduler.num_waiting >= wave.at_a_time:
+                    self._step(outcome)
+                self._add(one, self.world.now)
+        while self._scheduler.has_work():
+            self._step(outcome)
         return self._finished(outcome)
 
     def open(self, recorded: Sequence[Recorded], rate: float, seed: int = 0) -> Outcome:

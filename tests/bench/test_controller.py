@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from bench import controller, hardware, traces
-from bench.controller import GOODPUT, OFF, ORACLE, Arm, best_fixed, closed, fixed, simulate
+from bench.controller import GOODPUT, OFF, ORACLE, Arm, best_fixed, closed, fixed, simulate, waved
 from bench.recording import Recorded
 from bench.simulation import Hardware, Outcome, Simulation, follow
+from bench.waves import total, waves
 from engine.tree import DraftForest
 
 SLACK = 0.03  # of the best that does not look
@@ -75,6 +76,43 @@ def test_it_stops_where_drafts_do_not_pay_and_begins_again_where_they_do() -> No
     after = mean_drafts(simulation.closed(few, 1, whole=True))
     assert during < 0.75 * before
     assert after > 0.9 * before
+
+
+@cache
+def in_waves(machine: Hardware) -> dict[str, Outcome]:
+    schedule = waves("1x8,64x128,1x8,16x48")
+    return waved(traces.synthetic(total(schedule), seed=1), machine, schedule, [OFF, *fixed(LENGTHS), GOODPUT, ORACLE])
+
+
+def test_where_the_load_changes_too_goodput_is_above_every_fixed_length() -> None:
+    """One at a time, a spike, a drain, a lesser spike: no one length is right before and after."""
+    found = in_waves(hardware.SMALL_STAIRS)
+    assert found["goodput"].goodput > best_fixed(found), {name: round(o.goodput) for name, o in found.items()}
+
+
+def test_nor_does_it_lose_where_looking_gains_nothing() -> None:
+    """Tokens are as good as free: the longest length is about as good as knowing which drafts will stand."""
+    found = in_waves(hardware.GPU)
+    assert found["oracle"].goodput < 1.03 * best_fixed(found)
+    assert found["goodput"].goodput >= (1 - SLACK) * best_fixed(found)
+
+
+def test_requests_in_flight_follow_the_waves() -> None:
+    schedule = waves("1x3,8x24,2x6")
+    outcome = simulate(OFF, hardware.GPU).waves(answers()[:33], schedule)
+    assert [served.tokens for served in outcome.served] == [len(one.answer) for one in answers()[:33]]
+    assert outcome.tokens == sum(served.tokens for served in outcome.served)
+    *alone, _, first = outcome.served[:4]  # the last of a wave is still there when the next one begins
+    assert {step.sequences for step in outcome.steps if step.time <= alone[-1].last} == {1}
+    last = outcome.served[-6]  # comes when the spike has drained
+    assert max(step.sequences for step in outcome.steps if first.first < step.time < last.first) == 8
+    assert max(step.sequences for step in outcome.steps if step.time >= last.first) == 2
+
+
+def test_waves_that_cannot_be() -> None:
+    for text in ("0x3", "3x0", "3", "axb", ""):
+        with pytest.raises(ValueError):
+            waves(text)
 
 
 def mean_drafts(outcome: Outcome) -> float:
@@ -142,3 +180,11 @@ def test_the_command_prints_draws_and_records(
     assert "goodput / best fixed" in capsys.readouterr().out
     for name in ("controller-goodput.png", "controller-budget.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_runs_waves(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(controller, "OUT", tmp_path)
+    monkeypatch.setattr(controller, "append", lambda name, record: tmp_path / name)
+    assert controller.main(["--machines", "small gpu,gpu", "--waves", "1x2,4x8"]) == 0
+    assert "oracle / best fixed" in capsys.readouterr().out
+    assert (tmp_path / "controller-waves.png").read_bytes().startswith(b"\x89PNG")
