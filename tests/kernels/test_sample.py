@@ -25,9 +25,6 @@ def columns(which: list[Address], device: torch.device) -> tuple[Tensor, Tensor,
     seeds = torch.from_numpy(np.array([a.seed for a in which], dtype=np.uint64).view(np.int64)).to(device)
     numbers = zip(*((a.sample, a.position, a.stream) for a in which), strict=True)
     rest = [torch.tensor(column, dtype=torch.int32, device=device) for column in numbers]
-        torch.tensor(c, dtype=torch.int32, device=device)
-        for c in zip(*((a.sample, a.position, a.stream) for a in which), strict=True)
-    ]
     return seeds, *rest  # type: ignore[return-value]
 
 
