@@ -39,3 +39,51 @@ def gumbel_argmax(
     reached = scores[rows.long()].float() + torch.where(noisy[:, None], noise, 0.0)
     values = reached.amax(-1)
     return torch.where(values.isfinite(), (reached == values[:, None]).int().argmax(-1), UNUSABLE).int()
+
+
+def edit_(
+    scores: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    bias: Tensor,
+    counts: Tensor,
+    repetition: Tensor,
+    presence: Tensor,
+    frequency: Tensor,
+) -> Tensor:
+    """Bias and penalise scores[rows[e], tokens[e]] in place; entries with counts[e] < 0 are biased only."""
+    at = (rows.long(), tokens.long())
+    biased = torch.where(bias == -torch.inf, bias, scores[at] + bias)
+    r, p, f = (penalty[at[0]] for penalty in (repetition, presence, frequency))
+    penalised = torch.where(biased > 0, biased / r, biased * r) - (f * counts + p * (counts > 0))
+    scores[at] = torch.where(counts >= 0, penalised, biased)
+    return scores
+
+
+def shape_scores(logits: Tensor, temperature: Tensor, allowed: Tensor | None = None, mask_row: Tensor | None = None) -> Tensor:
+    """logits [M, V] / temperature [M] (0: as they are) in float32, -inf where the row's mask in allowed [K, V / 32] says no."""
+    heat = torch.where(temperature > 0, temperature, 1.0)[:, None]
+    scores = logits.float() / heat
+    if allowed is not None and mask_row is not None:
+        token = torch.arange(logits.shape[1], device=logits.device)
+        bits = allowed[mask_row.clamp(min=0).long()][:, token // 32] >> (token % 32).int() & 1
+        scores.masked_fill_((bits == 0) & (mask_row >= 0)[:, None], -torch.inf)
+    return scores
+
+
+def truncate_(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """top_k [M] (0: all), then top_p [M], then min_p [M] on float32 scores [M, V], in place; see engine/truncation.py.
+
+    A row that holds NaN or +inf, or nothing finite, is left as it is.
+    """
+    peak = scores.amax(-1, keepdim=True)
+    best, order = scores.sort(dim=-1, descending=True, stable=True)
+    rank = torch.arange(scores.shape[1], device=scores.device)
+    kept = (rank < top_k[:, None]) | (top_k[:, None] <= 0)
+    mass = torch.where(kept, (best - peak).exp().double(), 0.0)
+    before = mass.cumsum(-1) - mass
+    share = top_p[:, None]
+    kept &= (before < share * mass.sum(-1, keepdim=True)) | (share >= 1) | (rank == 0)
+    kept &= best >= (peak.double() + min_p[:, None].log()).float()
+    keep = torch.empty_like(kept).scatter_(1, order, kept)
+    return scores.masked_fill_(~keep & peak.isfinite(), -torch.inf)
