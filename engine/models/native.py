@@ -16,9 +16,11 @@ from engine.kv import KVCache
 from engine.models.batch import ForwardBatch
 from engine.models.config import ModelConfig
 from engine.models.decoder import gather_layers, rotary_frequencies
+from engine.peaks import attach
 from kernels.cpu import native
 from kernels.cpu.build import Unavailable, library
 
+NO_TREES = np.zeros(1, dtype=np.uint8)
 KEPT_ROWS = 64  # logits of up to as many rows live in one buffer that every step uses again
 
 
@@ -71,7 +73,7 @@ class NativeDecoder:
             cos=angles.cos().mul_(scaling),
             sin=angles.sin().mul_(scaling),
         )
-        self._kept = torch.empty(0, config.vocab_size)
+        self._kept = self._kept_peaks = torch.empty(0, config.vocab_size)
 
     def step(self, batch: ForwardBatch, kv: KVCache, hidden_layers: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Last hidden states [T, C] float32 (before the final norm), and those after the named layers, in bfloat16."""
@@ -85,15 +87,22 @@ class NativeDecoder:
 
     def step_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """float32 logits [R, V] of rows [R] of the hidden states; a buffer that the next call may use again."""
-        return self.kernels.logits(hidden, rows.numpy(), self._buffer(len(rows)))
+        logits, peaks = self._buffers(len(rows))
+        self.kernels.logits(hidden, rows.numpy(), logits, peaks)
+        return attach(logits, peaks)
 
-    def _buffer(self, rows: int) -> Tensor:
+    def _buffers(self, rows: int) -> tuple[Tensor, Tensor]:
+        """For logits and their peaks."""
         # A fresh tensor of some megabytes is all page faults.
         if rows > KEPT_ROWS:
-            return torch.empty(rows, self.config.vocab_size)
+            return self._empty(rows)
         if rows > len(self._kept):
-            self._kept = torch.empty(min(KEPT_ROWS, 2 * rows), self.config.vocab_size)
-        return self._kept[:rows]
+            self._kept, self._kept_peaks = self._empty(min(KEPT_ROWS, 2 * rows))
+        return self._kept[:rows], self._kept_peaks[:rows]
+
+    def _empty(self, rows: int) -> tuple[Tensor, Tensor]:
+        vocab = self.config.vocab_size
+        return torch.empty(rows, vocab), torch.empty(rows, native.panels(vocab))
 
     def _counted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         for name, tensor in weights:
@@ -133,28 +142,25 @@ def _pack_layer(index: int, config: ModelConfig, weights: dict[str, Tensor]) -> 
 
 
 def _rows(batch: ForwardBatch) -> native.Rows:
-    total = batch.num_tokens
-    first = np.zeros(len(batch.num_rows) + 1, dtype=np.int32)
-    np.cumsum(batch.num_rows, out=first[1:])
-    tables = batch.block_tables
-    table_first = np.zeros(len(tables), dtype=np.int32)
-    np.cumsum([len(table) for table in tables[:-1]], out=table_first[1:])
-    masks = [mask for mask in batch.ancestors if mask is not None]
-    tree_first = np.full(len(tables), -1, dtype=np.int64)
+    index = batch.index[:, : batch.num_tokens]
+    tables, masks = batch.block_tables, []
+    table_first, tree_first = [0], []
     offset = 0
-    if masks:
-        for b, mask in enumerate(batch.ancestors):
-            if mask is not None:
-                tree_first[b] = offset
-                offset += mask.size
+    for table, mask in zip(tables, batch.ancestors, strict=True):
+        table_first.append(table_first[-1] + len(table))
+        tree_first.append(-1 if mask is None else offset)
+        if mask is not None:
+            masks.append(mask.reshape(-1))
+            offset += mask.size
+    narrow = index[:2].astype(np.int32)
     return native.Rows(
-        tokens=batch.token_ids[:total].numpy().astype(np.int32),
-        positions=batch.positions[:total].numpy().astype(np.int32),
-        slots=batch.slots[:total].numpy(),
-        first=first,
+        tokens=narrow[0],
+        positions=narrow[1],
+        slots=index[2],
+        first=np.array([*batch.first_rows, batch.num_tokens], dtype=np.int32),
         context=np.array(batch.context_lens, dtype=np.int32),
         tables=np.array([block for table in tables for block in table], dtype=np.int32),
-        table_first=table_first,
-        trees=np.concatenate([mask.reshape(-1) for mask in masks]).astype(np.uint8) if masks else np.zeros(1, dtype=np.uint8),
-        tree_first=tree_first,
+        table_first=np.array(table_first[:-1], dtype=np.int32),
+        trees=np.concatenate(masks).view(np.uint8) if masks else NO_TREES,
+        tree_first=np.array(tree_first, dtype=np.int64),
     )

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("team.h", "vector.h", "linear.h", "attention.h", "decoder.c")
+SOURCES = ("team.h", "vector.h", "linear.h", "attention.h", "top.h", "decoder.c")
 NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"}
 FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread"),

@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include "attention.h"
 #include "linear.h"
+#include "top.h"
 
 typedef struct {
     const float *input_norm, *post_norm; /* [C] */
@@ -111,7 +112,7 @@ typedef struct {
     const Model *model;
     const float *x;
     const int64_t *rows;
-    float *logits;
+    float *logits, *peaks;
     int count;
 } Logits;
 
@@ -274,15 +275,15 @@ static void logits_job(Place *place, void *argument) {
     const int count = l->count;
     EACH_ROW(place, count, row) norm_row(l->x + l->rows[row] * m->hidden, m->norm, c->normed + (long)row * m->hidden, m->hidden, m->eps);
     team_next(place, count);
-    linear_phase(place, &(Linear){c->normed, m->head, NULL, l->logits, STORE, count, m->vocab, m->hidden});
+    linear_phase(place, &(Linear){c->normed, m->head, NULL, l->logits, STORE, count, m->vocab, m->hidden, l->peaks});
 }
 
-/* logits [count, V] float of rows [count] of x [., C]. */
-int outrider_logits(Context *c, const Model *m, const float *x, const int64_t *rows, int count, float *logits) {
+/* logits [count, V] float of rows [count] of x [., C], and the largest of each panel of them. */
+int outrider_logits(Context *c, const Model *m, const float *x, const int64_t *rows, int count, float *logits, float *peaks) {
     if (count < 1) return 0;
     if (reserve(c, m, count)) return -1;
     c->model = *m;
-    c->logits = (Logits){m, x, rows, logits, count};
+    c->logits = (Logits){m, x, rows, logits, peaks, count};
     team_run(c->team, logits_job, c);
     return 0;
 }
@@ -310,7 +311,7 @@ void outrider_pack(const bf16 *weight, const bf16 *other, bf16 *panels, int N, i
 static void linear_job(Place *place, void *argument) { linear_phase(place, &((Context *)argument)->linear); }
 
 void outrider_linear(Context *c, const bf16 *x, const bf16 *w, const float *bias, void *out, int sink, int M, int N, int K) {
-    c->linear = (Linear){x, w, bias, out, (Sink)sink, M, N, K};
+    c->linear = (Linear){x, w, bias, out, (Sink)sink, M, N, K, NULL};
     team_run(c->team, linear_job, c);
 }
 

@@ -4,6 +4,7 @@
  * result is the same bits alone and in any batch.
  */
 #pragma once
+#include <math.h>
 #include "team.h"
 #include "vector.h"
 
@@ -19,6 +20,7 @@ typedef struct {
     void *out; /* STORE, ADD: float [M, N]; SILU_MUL: bf16 [M, N / 2] */
     Sink sink;
     int M, N, K;
+    float *peaks; /* STORE: the largest output of each panel [M, panels], NaN where one is NaN; or NULL */
 } Linear;
 
 static inline __attribute__((always_inline)) void linear_tile(const Linear *l, int panel, int m, const int MR, const int NP) {
@@ -69,6 +71,13 @@ static inline __attribute__((always_inline)) void linear_tile(const Linear *l, i
             }
             _mm512_mask_storeu_ps(out, low, a);
             _mm512_mask_storeu_ps(out + 16, high, b);
+            if (l->peaks) {
+                __m512 none = _mm512_set1_ps(-INFINITY);
+                a = _mm512_mask_mov_ps(none, low, a);
+                b = _mm512_mask_mov_ps(none, high, b);
+                float peak = _mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q) ? NAN : _mm512_reduce_max_ps(_mm512_max_ps(a, b));
+                l->peaks[(long)(m + i) * ((l->N + PANEL - 1) / PANEL) + panel + p] = peak;
+            }
         }
     }
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels.cpu.build import library
 
-PANEL = 32
+PANEL, MOST_TOP = 32, 64
 LAYER_FIELDS = (
     *("input_norm", "post_norm", "q_norm", "k_norm"),
     *("qkv", "out", "gate_up", "down"),
@@ -236,13 +236,31 @@ class Decoder:
             raise MemoryError(f"no memory for the buffers of {len(rows.tokens)} rows")
         return x
 
-    def logits(self, x: Tensor, rows: NDArray[np.int64], out: Tensor) -> Tensor:
-        """out [R, V] float32: the logits of rows [R] of the hidden states x [T, C]."""
+    def logits(self, x: Tensor, rows: NDArray[np.int64], out: Tensor, peaks: Tensor) -> Tensor:
+        """out [R, V] float32: the logits of rows [R] of the hidden states x [T, C]; peaks [R, panels]: for `top`."""
         handle, count = self.threads.handle, len(rows)
-        arguments = (byref(self._model), x.data_ptr(), rows.ctypes.data, count, out.data_ptr())
+        arguments = (byref(self._model), x.data_ptr(), rows.ctypes.data, count, out.data_ptr(), peaks.data_ptr())
         if count and self.threads.lib.outrider_logits(handle, *arguments):
             raise MemoryError(f"no memory for the buffers of {count} rows")
         return out
+
+
+def panels(size: int) -> int:
+    return -(-size // PANEL)
+
+
+def top(logits: Tensor, peaks: Tensor, k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """ids and values [R, k] of the k largest of each row of logits [R, V] float32, of equals the lower id first.
+
+    peaks [R, panels]: the largest of each 32, as `Decoder.logits` leaves them. A row that holds NaN has NaN for values.
+    Raises ValueError for a k that is not among 1 ... min(V, MOST_TOP).
+    """
+    count, size = logits.shape
+    if not 1 <= k <= min(size, MOST_TOP):
+        raise ValueError(f"the {k} largest of {size} logits: between 1 and {min(size, MOST_TOP)} can be found")
+    ids, values = np.empty((count, k), dtype=np.int32), np.empty((count, k), dtype=np.float32)
+    _library().outrider_top(logits.data_ptr(), peaks.data_ptr(), count, size, k, ids.ctypes.data, values.ctypes.data)
+    return ids, values
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -257,7 +275,9 @@ def _library() -> ctypes.CDLL:
         lib.outrider_context_free.argtypes = [c_void_p]
         model, layer, batch = POINTER(_Model), POINTER(_Layer), POINTER(_Batch)
         lib.outrider_forward.argtypes = [c_void_p, model, layer, batch, c_void_p, c_void_p, c_int64, c_int, c_int, c_int]
-        lib.outrider_logits.argtypes = [c_void_p, model, c_void_p, c_void_p, c_int, c_void_p]
+        lib.outrider_logits.argtypes = [c_void_p, model, c_void_p, c_void_p, c_int, c_void_p, c_void_p]
+        lib.outrider_top.argtypes = [c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p]
+        lib.outrider_top.restype = None
         lib.outrider_pack.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_int]
         lib.outrider_linear.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int]
         lib.outrider_attention.argtypes = [c_void_p, POINTER(_Attention), batch, c_void_p, c_void_p]

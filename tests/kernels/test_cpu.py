@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kernels import reference
 from kernels.cpu import build
 from kernels.cpu.build import Unavailable, library
-from kernels.cpu.native import Rows, Sink, Threads, pack, pad_bias
+from kernels.cpu.native import Rows, Sink, Threads, pack, pad_bias, panels, top
 
 try:
     library()
@@ -230,3 +230,40 @@ def test_an_old_processor_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "_processor_flags", lambda: {"avx512f", "fma"})
     with pytest.raises(Unavailable, match="avx512_bf16"):
         library.__wrapped__(None)
+
+
+def peaks_of(logits: torch.Tensor) -> torch.Tensor:
+    rows, size = logits.shape
+    padded = torch.full((rows, panels(size) * 32), float("-inf"))
+    padded[:, :size] = logits
+    return padded.view(rows, -1, 32).amax(-1)
+
+
+@given(data=st.data(), size=st.sampled_from([1, 31, 32, 111, 1000, 8193]), rows=st.integers(1, 4))
+@settings(max_examples=150, deadline=None)
+def test_top_is_a_stable_sort(data: st.DataObject, size: int, rows: int) -> None:
+    k = data.draw(st.integers(1, min(size, 64)))
+    levels = data.draw(st.sampled_from([1, 2, 5, 10**6]))  # few levels: many equal logits
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    values = torch.from_numpy(generator.integers(0, levels, (rows, size)).astype(np.float32) - levels / 2)
+    values[torch.from_numpy(generator.random((rows, size)) < 0.1)] = float("-inf")
+    ids, best = top(values, peaks_of(values), k)
+    truth = values.sort(dim=-1, descending=True, stable=True)
+    assert ids.tolist() == truth.indices[:, :k].tolist()
+    assert best.tolist() == truth.values[:, :k].tolist()
+
+
+def test_top_of_a_row_with_nan_is_nan_and_stays_alone() -> None:
+    values = torch.randn(3, 100)
+    values[1, 77] = float("nan")
+    ids, best = top(values, peaks_of(values), 8)
+    assert np.isnan(best[1]).all()
+    assert ((ids >= 0) & (ids < 100)).all()
+    assert best[[0, 2]].tolist() == values[[0, 2]].topk(8).values.tolist()
+
+
+@pytest.mark.parametrize("k", [0, 12, 65])
+def test_top_of_more_than_there_is_says_so(k: int) -> None:
+    values = torch.randn(1, 11)
+    with pytest.raises(ValueError, match="11 logits"):
+        top(values, peaks_of(values), k)
