@@ -42,8 +42,17 @@ def folder(config: EngineConfig) -> Path:
 
 def path(config: EngineConfig, key: dict[str, str]) -> Path:
     digest = hashlib.sha256(msgspec.json.encode(sorted(key.items()))).hexdigest()[:16]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name)[:64]
-    return folder(config) / f"{name}-{digest}.json"
+    return folder(config) / f"{_file_name(config)}-{digest}.json"
+
+
+def _file_name(config: EngineConfig) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(config.model).name)[:64]
+
+
+def successors_path(config: EngineConfig, dtype: str) -> Path:
+    """Where the target's bigrams (engine/successors.py) are kept: they depend on its weights alone."""
+    digest = hashlib.sha256(f"{fingerprint(config.model)} {dtype} {config.load_format}".encode()).hexdigest()[:16]
+    return folder(config).parent / "successors" / f"{_file_name(config)}-{digest}.npy"
 
 
 def fingerprint(model: str) -> str:

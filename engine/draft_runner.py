@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.attention.reference import ReferenceAttention
+from engine.attention.choose import make_attention
 from engine.config import EngineConfig
 from engine.kv import KVCache
 from engine.models.batch import ForwardBatch
@@ -27,16 +27,22 @@ from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
 from engine.tree import DraftForest
 from engine.vocabulary import check_same_vocabulary
-from kernels import reference
 
 
 def make_runner(
-    model: Model | PagedModel, shape: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    model: Model | PagedModel,
+    shape: ModelConfig,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "auto",
 ) -> ModelRunner:
-    """A model with its KV cache and attention backend."""
+    """A model with its KV cache and attention backend (`attention`: engine/attention/choose.py)."""
     kv = KVCache(shape.num_layers, num_blocks, shape.num_kv_heads, block_size, shape.head_dim, dtype, device)
-    attention = ReferenceAttention(shape.num_heads, shape.num_kv_heads, shape.head_dim, block_size, dtype, shape.sliding_window)
-    return ModelRunner(model, kv, attention)
+    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    backend = make_attention(attention, device, *heads, block_size, dtype, shape.sliding_window)
+    return ModelRunner(model, kv, backend)
 
 
 class DraftRunner:
@@ -96,11 +102,7 @@ class DraftRunner:
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Copy the KV of slots (block * block size + offset); all are read before any is written."""
-        reference.commit_kv(
-            self._runner.kv.kv,
-            torch.tensor(source, device=self._device),
-            torch.tensor(target, device=self._device),
-        )
+        self._runner.kv.move(source, target)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that hold what is not finite."""

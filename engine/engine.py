@@ -9,7 +9,7 @@ from engine.blocks import BlockPool, IntegrityError
 from engine.config import EngineConfig
 from engine.costs import Costs
 from engine.messages import EngineStats, TokenDelta
-from engine.protocols import Executor, Policy
+from engine.protocols import Executor, Policy, Studies
 from engine.registry import make_policy, wants_cost
 from engine.request import Request
 from engine.scheduler import Scheduler
@@ -89,6 +89,10 @@ class Engine:
         self.recorder.step(result, seconds)
         self._check_integrity()
         return deltas
+
+    def study(self) -> bool:
+        """Some milliseconds of work for the time after this, while there is no request; False when there is none to do."""
+        return self.config.profile and not self.has_work() and isinstance(self.executor, Studies) and self.executor.study()
 
     def stats(self) -> EngineStats:
         """Gauges, counters since the start, and the observations since the last call."""

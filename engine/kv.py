@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
@@ -33,6 +35,7 @@ class KVCache:
         shape = (num_layers, num_blocks + 1, 2, num_kv_heads, block_size, head_dim)
         self.kv = _zero_pages(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         self.layers = list(self.kv.unbind(0))
+        self._commit_kv = _commit_kv(device)
 
     @staticmethod
     def bytes_per_block(num_layers: int, num_kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:
@@ -54,12 +57,24 @@ class KVCache:
                     source.append(self.slot(seq, root + node))
                     target.append(self.slot(seq, root + depth))
         if source:
-            device = self.kv.device
-            reference.commit_kv(self.kv, torch.tensor(source, device=device), torch.tensor(target, device=device))
+            self.move(source, target)
+
+    def move(self, source: list[int], target: list[int]) -> None:
+        """Copy slots (block * block size + offset) in every layer; all are read before any is written."""
+        index = torch.tensor([source, target], device=self.kv.device)
+        self._commit_kv(self.kv, index[0], index[1])
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks whose contents are not finite, so that their next owner's masked keys are harmless."""
         self.kv[:, blocks] = 0
+
+
+def _commit_kv(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
+    if device.type != "cuda" or find_spec("triton") is None:
+        return reference.commit_kv
+    from kernels.commit_kv import commit_kv  # imports triton, which a CPU can do without
+
+    return commit_kv
 
 
 def _zero_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

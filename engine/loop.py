@@ -58,8 +58,8 @@ class Loop:
         return 0
 
     def drain_inbox(self) -> None:
-        """Handle all that has arrived; with nothing else to do, wait for it until the next Stats is due."""
-        if not self.engine.has_work():
+        """Handle all that has arrived; with nothing else to do, study, or wait for it until the next Stats is due."""
+        if not self.engine.has_work() and not (self.inbox.poll(0) or self.engine.study()):
             self.inbox.poll(int(1000 * max(self.stats_due - time.monotonic(), 0)) + 1)
         while self.running:
             try:

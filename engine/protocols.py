@@ -226,6 +226,15 @@ class CostModel(Protocol):
     def observe_draft(self, drafter: str, sequences: int, depth: int, seconds: float) -> None: ...
 
 
+@runtime_checkable
+class Studies(Protocol):
+    """An executor that has something to read out of the model while nobody is served."""
+
+    def study(self) -> bool:
+        """Some milliseconds of it; False when there was nothing left to do."""
+        ...
+
+
 class Executor(Protocol):
     """Runs a step on every rank. `execute` gives one RowResult per row of the plan, in the plan's order.
 

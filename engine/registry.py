@@ -11,6 +11,7 @@ from typing import Any
 
 from engine.config import EngineConfig
 from engine.protocols import Drafter, Policy, Verifier
+from engine.successors import Successors
 
 DRAFTERS = {
     "aded": "engine.drafters.aded:AdedDrafter",
@@ -88,7 +89,14 @@ def wants_draft_model(names: Iterable[str]) -> bool:
     return any("draft_model" in signature(load("drafter", name)).parameters for name in names)
 
 
-def drafter_offers(config: EngineConfig, vocab_size: int, eos_ids: frozenset[int], draft_model: Any = None) -> dict[str, Any]:
+def wants_successors(names: Iterable[str]) -> bool:
+    """Whether one of these drafters begins with the target's own bigrams. Raises ValueError for an unknown name."""
+    return any("successors" in signature(load("drafter", name)).parameters for name in names)
+
+
+def drafter_offers(
+    config: EngineConfig, vocab_size: int, eos_ids: frozenset[int], draft_model: Any = None, successors: Successors | None = None
+) -> dict[str, Any]:
     """What the engine offers to the constructor of every drafter: one that needs it names it as a parameter.
 
     draft_model: the model of `config.draft_model`, ready to be loaded (engine/draft_runner.py), or None. accepts, prefers and
@@ -103,6 +111,7 @@ def drafter_offers(config: EngineConfig, vocab_size: int, eos_ids: frozenset[int
         "eos_ids": eos_ids,
         "memory_bytes": config.drafter_memory_bytes,  # most bytes of state that outlives a sequence, all salts together
         "draft_model": draft_model,
+        "successors": successors,
         "datastore": config.datastore,
     }
 

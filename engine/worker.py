@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from engine import registry
+from engine import cost_store, registry
 from engine.config import EngineConfig
 from engine.draft_runner import DraftRunner, make_runner
 from engine.drafting import Drafting
@@ -18,10 +18,13 @@ from engine.messages import EngineInfo, TokenLogprobs
 from engine.models.batch import ForwardBatch
 from engine.models.factory import load_model
 from engine.models.loader import load_config
+from engine.peaks import top
 from engine.plan import Row, RowResult, StepPlan, StepResult, StepTimes
 from engine.protocols import CatchesUp, Choice, Load, Observed, Policy
 from engine.row_result import row_result
 from engine.sequence import Sequence
+from engine.study import Study
+from engine.successors import Successors
 from engine.target_law import TargetLaw
 from engine.tree import Verdict
 from engine.verification import Verification
@@ -47,7 +50,8 @@ class Worker:
         dtype = _dtype(config.dtype, self.model_config.dtype)
         eos_ids = frozenset(self.model_config.eos_token_ids)
         draft_model = self._draft_model(dtype)
-        offers = registry.drafter_offers(config, self.model_config.vocab_size, eos_ids, draft_model)
+        self.successors = self._successors(dtype)
+        offers = registry.drafter_offers(config, self.model_config.vocab_size, eos_ids, draft_model, self.successors)
         drafters = [registry.make_drafter(name, offers) for name in config.drafters]
         self.verification = Verification(config, drafters)
         model = load_model(config, self.model_config, dtype, self.device)
@@ -63,6 +67,7 @@ class Worker:
         if draft_model is not None:
             draft_model.open(self.memory.num_blocks)
             depth_seconds = {d.name: draft_model.time_depth() for d in drafters if isinstance(d, CatchesUp)}
+        self._study = Study(self.runner, shape, self.successors) if self.successors is not None else None
         self.eos_ids = eos_ids
         self.target_law = TargetLaw(shape.vocab_size, self.eos_ids, self.device)
         self.policy: Policy = registry.make_policy("fixed")
@@ -103,6 +108,19 @@ class Worker:
         if not registry.wants_draft_model(config.drafters):
             raise ValueError(f"draft_model: {config.draft_model} is given, but none of the drafters uses it: add draft_model")
         return DraftRunner(config, self.model_config, dtype, self.device)
+
+    def _successors(self, dtype: torch.dtype) -> Successors | None:
+        """The target's bigrams, as far as they are known, where a drafter begins with them."""
+        config = self.config
+        if not registry.wants_successors(config.drafters):
+            return None
+        file = cost_store.successors_path(config, str(dtype)) if config.profile else None
+        return Successors(self.model_config.vocab_size, file)
+
+    @torch.inference_mode()
+    def study(self) -> bool:
+        """Some milliseconds of reading the target's bigrams; False when nothing is left to read. Only while nobody is served."""
+        return self._study is not None and self._study.step()
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
@@ -156,6 +174,8 @@ class Worker:
 
     def close(self) -> None:
         self.seqs.clear()
+        if self.successors is not None:
+            self.successors.save()
 
     def _apply(self, plan: StepPlan) -> list[Sequence]:
         """Bring the mirror up to the plan; returns the plan's sequences in row order."""
@@ -188,7 +208,7 @@ class Worker:
         needs = self.drafting.needs
         observed = Observed(hidden={layer: rows[:num_rows] for layer, rows in layers.items()})
         if needs.top_k:
-            observed.top_logits, observed.top_ids = torch.topk(logits, needs.top_k, dim=-1)
+            observed.top_ids, observed.top_logits = top(logits, needs.top_k)
         if needs.probabilities:
             observed.probabilities = torch.softmax(scores.float(), -1)
         return observed

@@ -63,6 +63,9 @@ class FakeEngine:
         if self.requests.pop(request_id, None) is not None:
             self.counts = {key: n for key, n in self.counts.items() if key[0] != request_id}
 
+    def study(self) -> bool:
+        return False
+
     def has_work(self) -> bool:
         return bool(self.counts)
 

@@ -26,15 +26,13 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from struct import Struct
 
-import numpy as np
-
 from engine.growth import NO_BRANCHES, Branches, forest_of, grow
 from engine.protocols import Observed, Siblings, Signals
 from engine.sequence import Sequence
 from engine.shared_state import Generations, SaltedStore
+from engine.successors import TOP, Successors
 from engine.tree import DraftForest, Verdict
 
-TOP = 8
 ROW = Struct(f"={TOP + 1}i")  # the token before, then the likeliest next ones
 ROW_BYTES = 250  # a row as bytes, its key and its share of the dict
 # Before anything was seen, P(the r-th likeliest of the last row is next) and the weight of that: ranks 0 to 7.
@@ -43,21 +41,27 @@ OTHER_BEFORE = (0.33, 0.1, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01)
 PRIOR = 40.0
 WINDOW = 4000.0  # rows after which the counts are halved
 
+# The token before the row's was the same as here; another; there is only what the model says about the token alone.
+SAME, OTHER, ALONE = range(3)
+
 State = tuple[int, int]  # the token before, the token
 
 
 class TokenRecyclingDrafter:
-    """least: nodes whose path is less likely than this are not drafted. ValueError for a number that makes no sense."""
+    """least: nodes whose path is less likely than this are not drafted; successors: rows of tokens that were not judged yet.
+
+    Raises ValueError for a number that makes no sense.
+    """
 
     name = "token_recycling"
     needs = Signals(top_k=TOP)
     siblings = Siblings.POINT
 
-    def __init__(self, memory_bytes: int = 64 << 20, least: float = 0.02) -> None:
+    def __init__(self, memory_bytes: int = 64 << 20, least: float = 0.02, successors: Successors | None = None) -> None:
         if not 0 <= least <= 1:
             raise ValueError(f"token_recycling needs 0 <= least <= 1, not {least}")
         self.least = least
-        self._tables: SaltedStore[_Table] = SaltedStore(_Table, memory_bytes)
+        self._tables: SaltedStore[_Table] = SaltedStore(lambda limit: _Table(limit, successors), memory_bytes)
 
     @property
     def num_bytes(self) -> int:
@@ -72,35 +76,33 @@ class TokenRecyclingDrafter:
         """Every judged row of every tree. Raises ValueError when the rows' likeliest tokens are missing."""
         if signals.top_ids is None:
             raise ValueError("token_recycling was given no likeliest tokens")
-        top = signals.top_ids[:, :TOP].cpu().numpy().astype(np.int32)
-        tokens, parents, starts = forest.token, forest.parent, forest.start.tolist()
+        top = signals.top_ids[:, :TOP].tolist()
+        tokens, parents, starts = forest.token.tolist(), forest.parent.tolist(), forest.start.tolist()
         for b, seq in enumerate(seqs):
             salt = seq.request.cache_salt
-            part = forest.nodes(b)
-            before = tokens[part][np.maximum(parents[part], 0)]
+            first, last = starts[b], starts[b + 1]
+            before = [tokens[first + parent] for parent in parents[first:last]]
             before[0] = seq.tokens[-2] if seq.num_tokens > 1 else -1
-            rows = np.column_stack((before, top[part]))
-            self._tables.get(salt).learn(tokens[starts[b] : starts[b + 1]].tolist(), rows, verdict.nodes[b], verdict.tokens[b])
+            self._tables.get(salt).learn(before, tokens[first:last], top[first:last], verdict.nodes[b], verdict.tokens[b])
             self._tables.settle(salt)
 
     def forget(self, seq_id: int) -> None:
         """It keeps nothing of a sequence."""
 
     def _tree(self, seq: Sequence, budget: int) -> Branches:
-        table = self._tables.find(seq.request.cache_salt)
-        if table is None:
-            return NO_BRANCHES
+        table = self._tables.get(seq.request.cache_salt)
         before = seq.tokens[-2] if seq.num_tokens > 1 else -1
         return grow((before, seq.tokens[-1]), table.children, budget, self.least)
 
 
 class _Table:
-    """M of one salt, and how often each rank was right: where the token before the row's was the same as here, and elsewhere."""
+    """M of one salt, and how often each rank of its rows was right, by what the row is known for."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, successors: Successors | None) -> None:
         self._rows: Generations[int, bytes] = Generations(limit, ROW_BYTES)
-        self._right = [[p * PRIOR for p in SAME_BEFORE], [p * PRIOR for p in OTHER_BEFORE]]
-        self._seen = [PRIOR, PRIOR]
+        self._successors = successors
+        self._right = [[p * PRIOR for p in before] for before in (SAME_BEFORE, OTHER_BEFORE, OTHER_BEFORE)]
+        self._seen = [PRIOR, PRIOR, PRIOR]
 
     @property
     def num_bytes(self) -> int:
@@ -108,33 +110,36 @@ class _Table:
 
     def children(self, state: State) -> Iterable[tuple[int, float, State]]:
         before, token = state
-        row = self._rows.find(token)
-        if row is None:
-            return ()
-        known_before, *ids = ROW.unpack(row)
-        kind = int(known_before != before)
+        kind, ids = self._row(before, token)
         seen = self._seen[kind]
-        return [(child, right / seen, (token, child)) for child, right in zip(ids, self._right[kind], strict=True)]
+        return [(child, right / seen, (token, child)) for child, right in zip(ids, self._right[kind], strict=False)]
 
-    def learn(self, tokens: list[int], rows: np.ndarray, path: list[int], verdict: list[int]) -> None:
-        """The rows of one tree; `path` are the nodes that stood and `verdict` what was committed behind the root and them."""
+    def learn(self, before: list[int], tokens: list[int], top: list[list[int]], path: list[int], verdict: list[int]) -> None:
+        """The rows of one tree: of node i with the token `tokens[i]` behind `before[i]` the likeliest tokens top[i].
+
+        `path` are the nodes that stood and `verdict` what was committed behind the root and them.
+        """
         stood = [0, *path]
         for node, truth in zip(stood, verdict, strict=False):
-            self._count(int(rows[node, 0]), tokens[node], truth)
+            self._count(before[node], tokens[node], truth)
         # The last writer stays: fallen nodes, the least likely first, then those that stood, in order.
-        packed = rows.tobytes()
-        accepted = set(stood)
-        size = ROW.size
-        for node in [*(i for i in range(len(tokens) - 1, 0, -1) if i not in accepted), *stood]:
-            self._rows.put(tokens[node], packed[node * size : (node + 1) * size])
+        fallen = [node for node in range(len(tokens) - 1, 0, -1) if node not in stood]
+        for node in [*fallen, *stood]:
+            self._rows.put(tokens[node], ROW.pack(before[node], *top[node]))
+
+    def _row(self, before: int, token: int) -> tuple[int, Seq[int]]:
+        """What the row is known for (SAME, OTHER, ALONE) and its tokens, likeliest first."""
+        row = self._rows.find(token)
+        if row is not None:
+            known_before, *ids = ROW.unpack(row)
+            return (SAME if known_before == before else OTHER), ids
+        return ALONE, (self._successors.of(token) if self._successors is not None else None) or ()
 
     def _count(self, before: int, token: int, truth: int) -> None:
         """What a child of this node would have been worth, by the row as it was."""
-        row = self._rows.find(token)
-        if row is None:
+        kind, ids = self._row(before, token)
+        if not ids:
             return
-        known_before, *ids = ROW.unpack(row)
-        kind = int(known_before != before)
         self._seen[kind] += 1
         if truth in ids:
             self._right[kind][ids.index(truth)] += 1

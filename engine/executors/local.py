@@ -35,5 +35,8 @@ class LocalExecutor:
     def probe(self, probe: Probe) -> float:
         return run_probe(self._worker, probe)
 
+    def study(self) -> bool:
+        return self._worker.study()
+
     def close(self) -> None:
         self._worker.close()

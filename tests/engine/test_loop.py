@@ -221,6 +221,28 @@ def test_it_rests_when_idle_but_sends_a_heartbeat(wire: Wire) -> None:
     context.destroy(linger=0)
 
 
+def test_it_studies_while_nobody_is_served(wire: Wire) -> None:
+    """Piece by piece until there is nothing left, and not while a message waits or a request runs."""
+    seen: list[tuple[bool, int]] = []
+
+    class Studious(FakeEngine):
+        left = 40
+
+        def study(self) -> bool:
+            seen.append((self.has_work(), self.left))
+            if self.left == 20:  # in the middle of it
+                wire.send(Add(request("r", max_tokens=5)))
+            self.left -= bool(self.left)
+            return self.left > 0
+
+    running = Running(wire, Studious)
+    assert wire.deltas(finals=1)[-1].finish_reason
+    wire.send(Shutdown())
+    running.join()
+    assert not any(busy for busy, _ in seen)
+    assert [left for _, left in seen][:20] == list(range(40, 20, -1))
+
+
 def test_statistics_follow_news_at_once_but_not_every_step(wire: Wire, running: Running) -> None:
     wire.send(Add(request("r", max_tokens=2000)))
     counts = {Deltas: 0, Stats: 0}

@@ -1,0 +1,154 @@
+"""Paged tree attention through the Triton kernels: a step's tables go to the device in one copy, and every layer reads them.
+
+On a CPU the kernels are interpreted, which is for tests and very slow. Tested against `kernels.reference.tree_attention`.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.models.batch import ForwardBatch
+from kernels.interpreter import interpreted
+from kernels.tree_attention import tree_attention, unsupported
+from kernels.write_kv import write_kv
+
+Mask = NDArray[np.bool_]
+Int = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What `tree_attention` is told of a step; shapes and words as there."""
+
+    slots: Tensor
+    positions: Tensor
+    block_tables: Tensor
+    cu_q: Tensor
+    context_lens: Tensor
+    roots: Tensor
+    ancestors: Tensor | None  # None: no tree of the step branches
+    paths: Tensor | None  # only with a fixed split
+    max_rows: int
+    max_keys: int
+
+
+class TritonAttention:
+    """The GPU's attention backend. `fixed_split`: keys of a context's parts, for answers whose bits do not depend on company.
+
+    Raises ValueError for heads that the kernel has no form for.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        dtype: torch.dtype,
+        window: int | None,
+        fixed_split: int = 0,
+    ) -> None:
+        if (what := unsupported(num_heads, num_kv_heads, head_dim)) is not None:
+            raise ValueError(f"attention_backend: triton has no form for {what}")
+        self.window, self.fixed_split = window, fixed_split
+        self._plan: Plan | None = None
+
+    def plan(self, batch: ForwardBatch) -> None:
+        """Tables of one step, shared by all layers."""
+        trees = [_split(mask, rows) for mask, rows in zip(batch.ancestors, batch.num_rows, strict=True)]
+        own = [mask for _, mask in trees if mask is not None]
+        total, with_paths = len(batch.slots), bool(own) and self.fixed_split > 0
+        words, paths = np.zeros((total, 0), np.int32), np.zeros((total, 0), np.int32)
+        if own:
+            words = np.full((total, -(-max(map(len, own)) // 32)), -1, np.int32)
+        if with_paths:
+            paths = np.zeros((total, max(int(mask.sum(1).max()) for mask in own)), np.int32)
+        for first, rows, (root, mask) in zip(batch.first_rows, batch.num_rows, trees, strict=True):
+            if mask is not None:
+                words[first + root : first + rows] = _words(mask, words.shape[1])
+                if with_paths:
+                    paths[first + root : first + rows] = _paths(mask, paths.shape[1])
+        tables = np.zeros((len(batch.block_tables), max(map(len, batch.block_tables), default=0)), np.int32)
+        for table, blocks in zip(tables, batch.block_tables, strict=True):
+            table[: len(blocks)] = blocks
+        parts = [
+            tables,
+            np.array([0, *np.cumsum(batch.num_rows)], np.int32),
+            np.array(batch.context_lens, np.int32),
+            np.array([root for root, _ in trees], np.int32),
+            words,
+            paths,
+        ]
+        at = _to_device(parts, batch.slots.device)
+        self._plan = Plan(
+            slots=batch.slots,
+            positions=batch.positions,
+            block_tables=at[0],
+            cu_q=at[1],
+            context_lens=at[2],
+            roots=at[3],
+            ancestors=at[4] if own else None,
+            paths=at[5] if with_paths else None,
+            max_rows=max(batch.num_rows, default=0),
+            max_keys=max((c + r for c, r in zip(batch.context_lens, batch.num_rows, strict=True)), default=0),
+        )
+
+    def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
+        """Store the fed rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""
+        plan = self._plan
+        assert plan is not None, "plan comes before run"
+        with interpreted() if q.device.type == "cpu" else nullcontext():
+            write_kv(kv, new, plan.slots)
+            out = tree_attention(
+                q,
+                kv,
+                plan.block_tables,
+                plan.cu_q,
+                plan.context_lens,
+                plan.ancestors,
+                scale,
+                roots=plan.roots,
+                positions=plan.positions,
+                window=self.window,
+                max_rows=plan.max_rows,
+                max_keys=plan.max_keys,
+                fixed_split=self.fixed_split,
+                paths=plan.paths,
+            )
+        return out.flatten(1)
+
+
+def _split(mask: Mask | None, rows: int) -> tuple[int, Mask | None]:
+    """A sequence's rows that all later ones see are a chunk; how many these are, and who sees whom among the others, if any."""
+    if mask is None:
+        return rows, None
+    shared = (mask | ~np.tri(rows, dtype=bool)).all(0)
+    root = rows if shared.all() else int(shared.argmin())
+    return root, mask[root:, root:] if root < rows else None
+
+
+def _words(mask: Mask, count: int) -> Int:
+    """bool [n, n] -> int32 words [n, count]."""
+    packed = np.packbits(mask, axis=1, bitorder="little")
+    return np.pad(packed, ((0, 0), (0, 4 * count - packed.shape[1]))).view("<i4")
+
+
+def _paths(mask: Mask, depth: int) -> Int:
+    """[n, depth]: whom each row sees, in order; behind itself anything."""
+    order = np.argsort(~mask, axis=1, kind="stable")[:, :depth]
+    return np.pad(order, ((0, 0), (0, depth - order.shape[1]))).astype(np.int32)
+
+
+def _to_device(parts: list[Int], device: torch.device) -> list[Tensor]:
+    """All of them in one copy."""
+    flat = torch.from_numpy(np.concatenate([part.reshape(-1) for part in parts])).to(device)
+    pieces = flat.split([part.size for part in parts])
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
