@@ -26,6 +26,7 @@ PART_KEYS = 256  # at least, where the kernel chooses the parts
 LONGEST_PART = 8192  # keys: a few long contexts among many short ones do not keep the others waiting
 PROGRAMS = 4  # per multiprocessor, to keep its memory pipes full
 LOG2E = tl.constexpr(1.4426950408889634)
+NO_ROOT = 1 << 30  # behind all rows
 FIXED_MULTIPLE = 128  # keys; of every tile's
 MOST_PER_HEAD = 128  # query heads of one key head
 MOST_SIZE = 256
@@ -191,14 +192,13 @@ def _attend(
     SPLIT: tl.constexpr,
     FIXED: tl.constexpr,
     TREE: tl.constexpr,
-    BY_PATH: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     FULL: tl.constexpr = BLOCK_M // G  # rows of a tile
-    STEP: tl.constexpr = 1 if BY_PATH else FULL
+    STEP: tl.constexpr = 1 if FIXED else FULL
     tile = tl.program_id(0)
     key_head = tl.program_id(1)
     b = _sequence_of(tile, cu_q, num_seqs, STEP)
@@ -223,7 +223,7 @@ def _attend(
     if TREE:
         root = tl.minimum(tl.load(roots + b), rows)
     taken = FULL
-    if BY_PATH:  # one row of a tree, or as many as fit of a chunk, and then none in the tiles behind it
+    if FIXED:  # one row of a tree, or as many as fit of a chunk, and then none in the tiles behind it
         taken = tl.where(root < rows, 1, FULL)
         if local % taken != 0:
             return
@@ -232,9 +232,9 @@ def _attend(
     queries = tl.load(q + (spot * q_row + head * q_head)[:, None] + ids[None, :], mask=full, other=0.0)
     end = context + tl.minimum(local + taken, rows)
     position = context + row
-    if BY_PATH or (TREE and WINDOW):
+    if FIXED or (TREE and WINDOW):
         position = tl.load(positions + spot, mask=held, other=-1).to(tl.int32)
-        if BY_PATH:
+        if FIXED:
             end = tl.max(position, axis=0) + 1
     begin = 0
     if WINDOW:
@@ -266,7 +266,7 @@ def _attend(
         acc, total, most = _attend_tile(
             queries, acc, total, most, n, end, keys, values, table, kv_block, kv_slot, row, position, context, root,
             own_positions, own_words, own_path, scale, soft_cap, window,
-            S, D, BLOCK_N, BLOCK_D, True, TREE, BY_PATH, WINDOW, CAP, WIDE,
+            S, D, BLOCK_N, BLOCK_D, True, TREE, FIXED, WINDOW, CAP, WIDE,
         )  # fmt: skip
     answer = acc / tl.where(total == 0, 1.0, total)[:, None]
     if SCALED:
@@ -329,32 +329,36 @@ def tree_attention(
 
     The rest says how, not what: max_rows of one sequence and max_keys of one context, bounds known without asking the device
     (None: T, and what a block table holds). splits: parts of a context, 0 for as many as fill the device. fixed_split: keys of a
-    part, a multiple of 128, for answers that do not depend on company; with ancestors it needs positions, and paths [T, nodes]
-    int32: paths[t, i] is the tree node at depth i of row t's path, for i up to row t's own depth (anything beyond).
+    part, a multiple of 128, for answers that do not depend on company; it needs positions, and for trees paths [T, nodes] int32:
+    paths[t, i] is the tree node at depth i of row t's path, for i up to row t's own depth (anything beyond).
 
     Raises ValueError for sizes that it has no form for, and for arguments that are missing.
     """
     num_kv_heads, block_size, size = kv.shape[2:]
     num_rows, num_heads, _ = q.shape
-    per_head, tree, by_path = num_heads // num_kv_heads, ancestors is not None, fixed_split > 0 and ancestors is not None
-    _check_sizes(num_heads, num_kv_heads, size, fixed_split)
-    if positions is None and (by_path or (tree and window is not None)):
-        raise ValueError("positions are missing: trees need them with a window or a fixed split")
-    if paths is None and by_path:
+    per_head, fixed = num_heads // num_kv_heads, fixed_split > 0
+    tree = fixed or ancestors is not None  # a fixed order comes out of one and the same compiled kernel
+    if (what := unsupported(num_heads, num_kv_heads, size)) is not None:
+        raise ValueError(f"tree_attention has no form for {what}")
+    if fixed_split % FIXED_MULTIPLE:
+        raise ValueError(f"a fixed split is a multiple of {FIXED_MULTIPLE} keys, not {fixed_split}")
+    if positions is None and (fixed or (tree and window is not None)):
+        raise ValueError("positions are missing: a fixed split needs them, and so do trees with a window")
+    if paths is None and fixed and ancestors is not None:
         raise ValueError("paths are missing: trees need them with a fixed split")
     out = torch.empty(num_rows, num_heads, size, dtype=q.dtype, device=q.device)
     if not num_rows:
         return out
     if ancestors is not None and ancestors.dtype == torch.bool:
         ancestors = pack_words(ancestors)
-    if tree and roots is None:
-        roots = torch.zeros_like(context_lens)
+    if tree and (roots is None or ancestors is None):
+        roots = torch.full_like(context_lens, 0 if ancestors is not None else NO_ROOT)
     q = q if q.stride(2) == 1 else q.contiguous()
     num_seqs = len(context_lens)
     rows_of_one = min(num_rows, max_rows or num_rows)
-    tile = _tile(rows_of_one * per_head, per_head, size, q.dtype == torch.float32, fixed_split > 0)
+    tile = _tile(rows_of_one * per_head, per_head, size, q.dtype == torch.float32, fixed)
     full = tile.rows // per_head
-    step = 1 if by_path else full
+    step = 1 if fixed else full
     keys = max_keys or block_tables.shape[1] * block_size
     busy = min(num_rows // full + num_seqs, num_seqs * -(-rows_of_one // full))
     split_keys = fixed_split or _split_keys(keys, busy * num_kv_heads, tile.keys, splits, q.device)
@@ -362,7 +366,8 @@ def tree_attention(
     if parts > MOST_PARTS:
         raise ValueError(f"a context of {keys} keys has more than {MOST_PARTS} parts of {split_keys}")
     partial = lse = out
-    if parts > 1:
+    merged = fixed or parts > 1
+    if merged:
         partial = torch.empty(num_rows, num_heads, parts, size, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_rows, num_heads, parts, dtype=torch.float32, device=q.device)
     block_d = max(triton.next_power_of_2(size), 16)
@@ -400,10 +405,9 @@ def tree_attention(
         BLOCK_M=tile.rows,
         BLOCK_N=tile.keys,
         BLOCK_D=block_d,
-        SPLIT=parts > 1,
-        FIXED=fixed_split > 0,
+        SPLIT=merged,
+        FIXED=fixed,
         TREE=tree,
-        BY_PATH=by_path,
         WINDOW=window is not None,
         CAP=soft_cap is not None,
         SCALED=kv_scale is not None,
@@ -411,28 +415,35 @@ def tree_attention(
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    if parts > 1:
+    if merged:
         sizes = {"D": size, "BLOCK_D": block_d, "PARTS": MOST_PARTS}
         _merge[(num_rows, num_heads)](out, partial, lse, cu_q, num_seqs, parts, **sizes, num_warps=2 if size > 128 else 1)
     return out
 
 
-def _check_sizes(num_heads: int, num_kv_heads: int, size: int, fixed_split: int) -> None:
-    if num_heads % num_kv_heads or num_heads // num_kv_heads > MOST_PER_HEAD or size > MOST_SIZE:
-        raise ValueError(f"no form for {num_heads} query heads over {num_kv_heads} key heads of {size}")
-    if fixed_split % FIXED_MULTIPLE:
-        raise ValueError(f"a fixed split is a multiple of {FIXED_MULTIPLE} keys, not {fixed_split}")
+def unsupported(num_heads: int, num_kv_heads: int, size: int) -> str | None:
+    """Why there is no form for heads of these numbers and this size; None when there is one."""
+    if num_heads % num_kv_heads or num_heads // num_kv_heads > MOST_PER_HEAD:
+        return f"{num_heads} query heads over {num_kv_heads} key heads"
+    return f"heads of {size}" if size > MOST_SIZE else None
 
 
 def _tile(lanes: int, per_head: int, size: int, wide: bool, fixed: bool) -> Tile:
-    """For `lanes` query heads (rows times heads per key head) of one sequence; wide: float32."""
-    rows = 64 if fixed else min(max(triton.next_power_of_2(lanes), 16), 64 if wide or size > 128 else 128)
+    """For `lanes` query heads (rows times heads per key head) of one sequence; wide: float32.
+
+    The largest tiles that ptxas fits into registers for sm_90 (Triton 3.6). Keys are found through a block table, two
+    loads one behind the other, between which Triton shares the stages: 3 keep one tile of keys in flight, 5 keep two.
+    """
+    most = 16 if wide else 64 if size > 128 else 128
+    rows = min(64, most) if fixed else min(max(triton.next_power_of_2(lanes), 16), most)
     rows = max(rows, triton.next_power_of_2(per_head))
     if wide:
-        return Tile(rows, 32 if size <= 128 else 16, 4, 2)
+        return Tile(rows, 32 if size <= 64 else 16, 4, 3)
     if size > 128:
-        return Tile(rows, 32, 4, 2)
-    return Tile(rows, 128 if size <= 64 and rows <= 64 else 64, 4 if rows <= 64 else 8, 3)
+        return Tile(rows, 32, 4 if rows < 64 else 8, 3)
+    if rows < 64:
+        return Tile(rows, 128 if size <= 64 else 64, 4, 5)
+    return Tile(rows, 64, 4 if rows == 64 else 8, 3)
 
 
 def _split_keys(keys: int, programs: int, tile_keys: int, splits: int, device: torch.device) -> int:
