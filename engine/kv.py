@@ -35,6 +35,8 @@ class KVCache:
         shape = (num_layers, num_blocks + 1, 2, num_kv_heads, block_size, head_dim)
         self.kv = _zero_pages(shape, dtype) if device.type == "cpu" else torch.zeros(shape, dtype=dtype, device=device)
         self.layers = list(self.kv.unbind(0))
+        # A row that moves is 20 us as a copy of numpy's and 60 as torch's gather and scatter.
+        self._bits = self.kv.view({2: torch.int16, 4: torch.int32}[dtype.itemsize]).numpy() if device.type == "cpu" else None
         self._commit_kv = _commit_kv(device)
 
     @staticmethod

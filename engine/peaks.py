@@ -13,17 +13,32 @@ NAME = "outrider_peaks"
 GROUP = 32
 
 
+class _Peaks:
+    """The peaks [M, panels] of a step's logits, and the longest list that was asked for."""
+
+    def __init__(self, peaks: Tensor) -> None:
+        self.peaks = peaks
+        self.ids = self.values = torch.empty(len(peaks), 0)
+
+
 def attach(logits: Tensor, peaks: Tensor) -> Tensor:
     """Logits [M, V] that know their peaks; what is computed from them, or a part of them, is another tensor and knows nothing."""
-    setattr(logits, NAME, peaks)
+    setattr(logits, NAME, _Peaks(peaks))
     return logits
 
 
 def top(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """ids and values [M, k] of the largest logits [M, V], largest first."""
-    peaks = getattr(logits, NAME, None)
+    peaks: _Peaks | None = getattr(logits, NAME, None)
     if peaks is None:
         return _top_in_two(logits, k)
+    if k > peaks.ids.shape[1]:
+        peaks.ids, peaks.values = _top_by_peaks(logits, peaks.peaks, k)
+    return peaks.ids[:, :k], peaks.values[:, :k]
+
+
+def _top_by_peaks(logits: Tensor, peaks: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """ids, values [M, k]."""
     from kernels.cpu import native  # who has peaks has the kernels
 
     found, best = native.top(logits, peaks, k)

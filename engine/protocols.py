@@ -210,8 +210,11 @@ class CostModel(Protocol):
     """What steps cost on this machine, in seconds. `verify_seconds` is a whole step less its drafting, commit included.
 
     tokens: rows of the forward (roots, draft nodes and prompt tokens); context_tokens: computed before the step, all sequences
-    together; sequences: rows of the plan; depth: of the deepest node drafted.
+    together; sequences: rows of the plan; depth: of the deepest node drafted. `measured`: False as long as it is a guess.
     """
+
+    @property
+    def measured(self) -> bool: ...
 
     @overload
     def verify_seconds(self, tokens: int, context_tokens: int, sequences: int) -> float: ...

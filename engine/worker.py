@@ -152,13 +152,14 @@ class Worker:
 
         scores = self.target_law(logits, tree_seqs, forest)
         clock.append(time.perf_counter())
+        signals = self._signals(logits, layers, scores, batch.num_tokens)  # first: the verdict finds its best tokens in these
         verdict = self.verification.verify(forest, scores, tree_seqs)
         clock.append(time.perf_counter())
 
         self.policy.learn(tree_seqs, forest, verdict)
         roots = [plan.rows[i].num_computed + plan.rows[i].num_new - 1 for i in judged]
         self.kv.commit(tree_seqs, roots, forest, verdict)
-        self.drafting.observe(tree_seqs, forest, verdict, self._signals(logits, layers, scores, batch.num_tokens))
+        self.drafting.observe(tree_seqs, forest, verdict, signals)
         results = self._results(plan, seqs, trees, choice, verdict, logits)
         self._prompt_logprobs(plan, seqs, batch, hidden, results)
         self._commit(seqs, plan.rows, results)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+FEW = 96  # nodes: up to here a loop is faster than arrays
+
 Double = NDArray[np.float64]
 Int = NDArray[np.int64]
 Bool = NDArray[np.bool_]
@@ -85,6 +87,7 @@ class Selection:
     tokens: float
     seconds: float
     gain: float  # goodput over that of plain decoding, for the best count that the limit leaves
+    loss: float  # share of the best goodput that is lost by keeping every node; infinite where the limit forbids it
     limited: bool  # a larger count would be better, but for the limit
 
 
@@ -97,6 +100,8 @@ def select(
     are not among them. verify [N + 1]: seconds of a step with Q of them. Any draft has to be `margin` times as good as none.
     rate: as for `allocate`.
     """
+    if len(survival) <= FEW:
+        return _select_few(survival.tolist(), verify.tolist(), roots, limit, margin, rate)
     order = np.argsort(-survival, kind="stable")
     tokens = np.empty(len(survival) + 1)
     tokens[0] = roots
@@ -109,11 +114,41 @@ def select(
         count = int(goodput.argmax())
     limited = free > count
     gain = _gain(goodput[count], goodput[0], roots, rate)
+    loss = _loss(float(goodput[count]), float(goodput[-1]), roots, rate)
     if gain < margin:
         count = 0
     kept = np.zeros(len(survival), dtype=bool)
     kept[order[:count]] = True
-    return Selection(kept, count, float(tokens[count]), float(verify[count]), gain, limited)
+    return Selection(kept, count, float(tokens[count]), float(verify[count]), gain, loss, limited)
+
+
+def _select_few(
+    survival: list[float], verify: list[float], roots: int, limit: float, margin: float, rate: float | None
+) -> Selection:
+    """The same without arrays: half of the time for a step of one stream."""
+    order = sorted(range(len(survival)), key=survival.__getitem__, reverse=True)
+    tokens, none = float(roots), _value(roots, verify[0], rate)
+    free, free_best, value = 0, none, none
+    count, best, expected = 0, none, tokens
+    for number, node in enumerate(order, start=1):
+        tokens += survival[node]
+        value = _value(tokens, verify[number], rate)
+        if value > free_best:
+            free, free_best = number, value
+        if value > best and verify[number] <= limit:
+            count, best, expected = number, value, tokens
+    limited = free > count
+    gain = _gain(best, none, roots, rate)
+    loss = _loss(best, value if verify[-1] <= limit else -np.inf, roots, rate)
+    if gain < margin:
+        count, expected = 0, float(roots)
+    kept = np.zeros(len(survival), dtype=bool)
+    kept[order[:count]] = True
+    return Selection(kept, count, expected, verify[count], gain, loss, limited)
+
+
+def _value(tokens: float, seconds: float, rate: float | None) -> float:
+    return tokens / seconds if rate is None else tokens - rate * seconds
 
 
 def decoding_rate(survival: Double, verify: Double, roots: int) -> float:
@@ -125,6 +160,10 @@ def decoding_rate(survival: Double, verify: Double, roots: int) -> float:
     """
     tokens = np.concatenate(([0.0], np.cumsum(-np.sort(-survival)))) + roots
     return float((tokens / verify).max())
+
+
+def _loss(best: float, every: float, tokens: float, rate: float | None) -> float:
+    return 1.0 - every / best if rate is None else (best - every) / max(tokens, 1.0)
 
 
 def _gain(best: float, none: float, tokens: float, rate: float | None) -> float:

@@ -31,6 +31,7 @@ from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
 
 Double = NDArray[np.float64]
+Nodes = NDArray[np.int64]
 
 FIRST_BUDGET, LEAST_BUDGET = 16, 4  # nodes
 TO_START = 1.02  # goodput over plain decoding's that starts speculation; going on takes none (hysteresis)
@@ -45,6 +46,8 @@ NEGLIGIBLE_SHARE = 0.005  # of a step: what a drafter may take although it never
 WORTH_RATE, LONGEST_REST = 0.05, 16
 CURVE_STEPS = 16  # for which a cost that was looked up holds
 ERROR_RATE = 0.02
+TO_CUT = 0.005  # goodput that dropping nodes must win: doing it takes 0.1 ms, too
+OBSERVED = 4  # every so manyth step teaches the cost model: it takes 0.1 ms
 
 
 @dataclass(slots=True)
@@ -178,7 +181,7 @@ class GoodputPolicy(Policy):
         prompt = sum(row.num_new for row in plan.rows) - sum(bool(row.token_ids) for row in result.rows)
         context = sum(row.num_computed for row in plan.rows)
         # A prompt token has no logits and costs less than a node: steps full of them would make nodes look cheap.
-        if plan.rows and prompt * 4 <= result.num_forward_tokens:
+        if plan.rows and prompt * 4 <= result.num_forward_tokens and (plan.step % OBSERVED == 0 or not self.cost.measured):
             spent = seconds - sum(result.draft_seconds.values())
             self.cost.observe(result.num_forward_tokens, context, len(plan.rows), spent)
         if result.predicted_seconds and seconds > 0:
@@ -262,6 +265,8 @@ class GoodputPolicy(Policy):
             rate = decoding_rate(survival[nodes], alone, forest.num_trees)
         chosen = select(survival[nodes], verify, forest.num_trees, self.limit, margin, rate)
         self._speculating = chosen.count > 0
+        if chosen.count and chosen.loss <= TO_CUT:
+            return self._keep(forest, seqs, survival, nodes, verify, chosen)
         kept = np.ones(forest.num_nodes, dtype=bool)
         kept[nodes] = chosen.kept
         if not load.trims and forest.law_row is not None:
@@ -276,6 +281,28 @@ class GoodputPolicy(Policy):
         reasons = self._reasons(seqs, offered.tolist(), dropped, probes, chosen)
         self._remember(seqs, offered.tolist(), shown.tolist())
         return Choice(cut, dropped, reasons, float(survival[kept].sum()), float(verify[count]))
+
+    def _keep(
+        self,
+        forest: DraftForest,
+        seqs: Seq[Sequence],
+        survival: Double,
+        nodes: NDArray[np.int64],
+        verify: Double,
+        chosen: Selection,
+    ) -> Choice:
+        """Every node. Who used what is still told by the best choice, or budgets would grow with what costs nothing here."""
+        self._probed.clear()
+        offered = (np.diff(forest.start) - 1).tolist()
+        best = offered
+        if chosen.count < len(nodes):
+            kept = np.zeros(forest.num_nodes, dtype=np.int64)
+            kept[nodes] = chosen.kept
+            best = np.add.reduceat(kept, forest.start[:-1]).tolist()
+        self._remember(seqs, offered, best)
+        dropped = [0] * len(seqs)
+        reasons = self._reasons(seqs, offered, dropped, set(), chosen)
+        return Choice(forest, dropped, reasons, float(survival.sum()), float(verify[len(nodes)]))
 
     def _probe(
         self, forest: DraftForest, seqs: Seq[Sequence], survival: Double, kept: NDArray[np.bool_], verify: Double
@@ -357,7 +384,7 @@ class GoodputPolicy(Policy):
                 worth.settle(won.get(name, 0.0), negligible)
 
 
-def _owners(forest: DraftForest, nodes: NDArray[np.int64]) -> list[str]:
+def _owners(forest: DraftForest, nodes: Nodes) -> list[str]:
     if forest.node_drafter is not None:
         return [forest.node_drafter[node] for node in nodes.tolist()]
     trees = np.searchsorted(forest.start, nodes, side="right") - 1

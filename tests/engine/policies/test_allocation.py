@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from engine.policies import allocation
 from engine.policies.allocation import allocate, decoding_rate, select
 
 Double = NDArray[np.float64]
@@ -108,8 +109,10 @@ def random_forest(rng: np.random.Generator, roots: int, nodes: int) -> tuple[lis
     return parent, np.array(survival)
 
 
+@pytest.mark.parametrize("few", [allocation.FEW, -1], ids=["loop", "arrays"])
 @pytest.mark.parametrize("cost", COSTS)
-def test_the_selection_of_tree_nodes_equals_brute_force(cost: str) -> None:
+def test_the_selection_of_tree_nodes_equals_brute_force(cost: str, few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocation, "FEW", few)
     rng = np.random.default_rng(len(cost))
     for case in range(150):
         roots, nodes = int(rng.integers(1, 4)), int(rng.integers(0, 9))

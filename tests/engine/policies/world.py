@@ -29,6 +29,8 @@ class FormulaCost:
     verify: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     draft: dict[str, Callable[[int, int], float]] = field(default_factory=dict)
 
+    measured = False  # learns from every step
+
     def verify_seconds(self, tokens: int | NDArray[np.int64], context_tokens: int, sequences: int) -> float | NDArray[np.float64]:
         found = self.verify(np.asarray(tokens, dtype=np.float64))
         return found if isinstance(tokens, np.ndarray) else float(found)
