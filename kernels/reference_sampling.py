@@ -5,6 +5,11 @@ Legend: M rows of scores, V vocabulary, R judged addresses, B trees (or texts), 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -87,3 +92,138 @@ def truncate_(scores: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
     kept &= best >= (peak.double() + min_p[:, None].log()).float()
     keep = torch.empty_like(kept).scatter_(1, order, kept)
     return scores.masked_fill_(~keep & peak.isfinite(), -torch.inf)
+
+
+def match_verify(
+    scores: Tensor,
+    noisy: Tensor,
+    seeds: Tensor,
+    samples: Tensor,
+    positions: Tensor,
+    token: Tensor,
+    parent: Tensor,
+    start: Tensor,
+    max_nodes: int,
+    max_depth: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The match rule (engine/walk.py): nodes [B, max_depth], tokens [B, max_depth + 1], counts [B]; see kernels.verify."""
+    rows = torch.arange(len(scores), device=scores.device)
+    drawn = gumbel_argmax(scores, rows, noisy, seeds, samples, positions, torch.zeros_like(rows)).tolist()
+    found: list[tuple[list[int], list[int]]] = []
+    starts, tokens, parents = start.tolist(), token.tolist(), parent.tolist()
+    for first, last in pairwise(starts):
+        path, emitted, node = [0], [], 0
+        while node >= 0 and drawn[first + node] != UNUSABLE:
+            emitted.append(drawn[first + node])
+            below = [i - first for i in range(first + 1, last) if parents[i] == node and tokens[i] == emitted[-1]]
+            node = below[0] if below else -1
+            path += below[:1]
+        found.append((path[1 : len(emitted)], emitted))
+    return padded(found, max_depth, scores.device)
+
+
+def padded(found: list[tuple[list[int], list[int]]], max_depth: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Accepted nodes and emitted tokens of each tree as the kernels' tables, padded with -1."""
+    nodes = torch.full((len(found), max_depth), -1, dtype=torch.int32)
+    tokens = torch.full((len(found), max_depth + 1), -1, dtype=torch.int32)
+    for b, (path, emitted) in enumerate(found):
+        nodes[b, : len(path)] = torch.tensor(path, dtype=torch.int32)
+        tokens[b, : len(emitted)] = torch.tensor(emitted, dtype=torch.int32)
+    counts = torch.tensor([len(emitted) for _, emitted in found], dtype=torch.int32)
+    return nodes.to(device), tokens.to(device), counts.to(device)
+
+
+def coin(seed: int, sample: int, position: int, node: int) -> float:
+    """A uniform number in [0, 1) of 53 bits: engine/noise.py."""
+    a, b, _, _ = philox(*(torch.tensor(c & MASK) for c in (node, position, sample, 2, seed, seed >> 32)))
+    return float((int(a) >> 5) * 2**26 + (int(b) >> 6)) * 2.0**-53
+
+
+def recursive_verify(
+    scores: Tensor,
+    law: Tensor,
+    law_row: Tensor,
+    kind: Tensor,
+    token: Tensor,
+    parent: Tensor,
+    start: Tensor,
+    trees: Tensor,
+    seeds: Tensor,
+    samples: Tensor,
+    positions: Tensor,
+    max_nodes: int,
+    max_depth: int,
+    *,
+    most_sampled: int = 1 << 30,
+    lenience: float = 1.0,
+    stream: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Recursive rejection (engine/recursion.py), tables as of `match_verify`; see kernels.reject."""
+    found = []
+    for r, tree in enumerate(trees.tolist()):
+        part = slice(int(start[tree]), int(start[tree + 1]))
+        own = _Tree(scores[part], law, law_row[part].tolist(), kind[part].tolist(), token[part].tolist(), parent[part].tolist())
+        address = (int(seeds[r]), int(samples[r]), int(positions[r]))
+        path, last = own.descend(partial(coin, *address), most_sampled, lenience)
+        at = [torch.tensor([a], device=scores.device) for a in (*address[:2], address[2] + len(path), stream)]
+        none = torch.zeros(1, dtype=torch.int64, device=scores.device)
+        bonus = int(gumbel_argmax(last[None], none, none == 0, *at))
+        emitted = [own.token[node] for node in path]
+        found.append((path[:-1], emitted) if bonus == UNUSABLE else (path, [*emitted, bonus]))
+    return padded(found, max_depth, scores.device)
+
+
+@dataclass
+class _Tree:
+    scores: Tensor  # [n, V]
+    law: Tensor
+    law_row: list[int]
+    kind: list[int]
+    token: list[int]
+    parent: list[int]
+
+    def descend(self, coin: Callable[[int], float], most_sampled: int, lenience: float) -> tuple[list[int], Tensor]:
+        """The accepted nodes, and the scores [V] that the token behind them is drawn from."""
+        group = [0]  # nodes with the same path: the first stands
+        while True:
+            row = self.scores[group[0]].float()
+            rest, rejected, sampled = torch.softmax(row, -1), False, 0
+            judged = self.judged(group) if not rest.isnan().any() else []
+            accepted = -1
+            for child, own in judged:
+                sampled += own is not None
+                if own is not None and sampled > most_sampled:
+                    continue
+                one_hot = torch.zeros_like(rest).index_fill_(0, torch.tensor([self.token[child]], device=rest.device), 1.0)
+                odds = one_hot if own is None else own
+                if coin(child) * (lenience * float(odds[self.token[child]])) < float(rest[self.token[child]]):
+                    accepted = child
+                    break
+                over = (rest - lenience * odds).clamp(min=0)
+                rest, rejected = over / over.sum() if float(over.sum()) > 1e-12 else rest, True
+            if accepted < 0:
+                return self.path(group[0]), rest.log() if rejected else row
+            twins = [c for c, _ in judged if c != accepted and self.token[c] == self.token[accepted]]
+            group = [accepted, *twins]
+
+    def path(self, node: int) -> list[int]:
+        """From the root's child down to the node."""
+        return [*self.path(self.parent[node]), node] if node > 0 else []
+
+    def judged(self, group: list[int]) -> list[tuple[int, Tensor | None]]:
+        """The children of a group in the order of their judgement, each with its law [V]; None: one-hot."""
+        found: list[tuple[int, Tensor | None]] = []
+        for node in group:
+            q = None if self.law_row[node] < 0 else self.law[self.law_row[node]]
+            left = q
+            for child in (c for c, parent in enumerate(self.parent) if parent == node):
+                how = self.kind[child]
+                own = {0: None, 1: q, 2: left, 3: q}[how] if q is not None and left is not None else None
+                if how == 3 and own is not None and float(own[self.token[child]]) <= 0:
+                    own = None
+                found.append((child, own))
+                if how == 2 and left is not None:
+                    rest = left.clone()
+                    rest[self.token[child]] = 0
+                    left = rest / rest.sum() if float(rest.sum()) > 1e-12 else None
+        return found
