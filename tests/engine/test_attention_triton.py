@@ -1,0 +1,151 @@
+"""The Triton attention backend, interpreted: against the definition, and a whole engine on top of it."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.attention import choose
+from engine.attention.reference import ReferenceAttention
+from engine.models.batch import ForwardBatch
+from engine.worker import Worker
+from tests.engine.real import OracleDrafter, answers, load_worker, make_engine, request
+from tests.engine.test_attention import BLOCK, HEADS, KV_HEADS, SIZE, build, definition
+
+pytest.importorskip("triton")
+
+from engine.attention.triton import TritonAttention
+
+SHAPES: list[list[tuple[int, int, list[int] | None]]] = [
+    [(5, 1, None)],
+    [(9, 1, [0, 0, 1]), (0, 7, None), (30, 4, [0, 0, 2, 1, 0])],
+    [(3, 1, []), (140, 1, [0, 1, 2])],  # chains only: nothing branches
+    [(2, 3, [0] * 40), (17, 1, [0, 0])],  # more nodes than a word has bits
+]
+
+
+def attend(attention: Any, batch: ForwardBatch, num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    kv = torch.randn(num_blocks, 2, KV_HEADS, BLOCK, SIZE)
+    rows = len(batch.slots)
+    q, new = torch.randn(rows, HEADS, SIZE), torch.randn(rows, 2, KV_HEADS, SIZE)
+    attention.plan(batch)
+    return attention.run(kv, q, new, SIZE**-0.5), kv
+
+
+@pytest.mark.parametrize("fixed_split", [0, 128])
+@pytest.mark.parametrize("shapes", SHAPES)
+def test_every_batch_equals_the_definition(shapes: list[tuple[int, int, list[int] | None]], fixed_split: int) -> None:
+    batch, _, num_blocks = build(shapes, np.random.default_rng(0))
+    out, kv = attend(TritonAttention(HEADS, KV_HEADS, SIZE, BLOCK, torch.float32, None, fixed_split), batch, num_blocks)
+    torch.manual_seed(0)
+    pool = torch.randn_like(kv)
+    q, new = torch.randn(batch.num_tokens, HEADS, SIZE), torch.randn(batch.num_tokens, 2, KV_HEADS, SIZE)
+    expected = definition(batch, pool, q, new)
+    assert torch.equal(kv, pool)  # the rows are stored
+    torch.testing.assert_close(out.view_as(expected), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fixed_split", [0, 128])
+def test_a_sliding_window_is_the_reference_backends(fixed_split: int) -> None:
+    batch, _, num_blocks = build([(30, 5, None), (33, 1, [0, 1, 0, 2])], np.random.default_rng(1))
+    shape = (HEADS, KV_HEADS, SIZE, BLOCK, torch.float32, 8)
+    (found, _), (expected, _) = (
+        attend(attention, batch, num_blocks) for attention in (TritonAttention(*shape, fixed_split), ReferenceAttention(*shape))
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_rows_come_back_as_zeros() -> None:
+    batch, _, num_blocks = build([(9, 1, [0, 0, 1])], np.random.default_rng(2))
+    for name in ("token_ids", "positions", "slots"):
+        setattr(batch, name, torch.cat((getattr(batch, name), torch.zeros(3, dtype=torch.int64))))
+    batch.slots[-3:] = (num_blocks - 1) * BLOCK
+    out, _ = attend(TritonAttention(HEADS, KV_HEADS, SIZE, BLOCK, torch.float32, None), batch, num_blocks)
+    assert out.shape == (7, HEADS * SIZE)
+    assert not out[4:].any() and out[:4].all()
+
+
+def test_a_trunk_that_everybody_sees_is_a_chunk() -> None:
+    """Rows 0-2 lie one below the other; 3 and 4 are children of 2."""
+    batch, _, _ = build([(6, 1, [0, 1, 2, 2])], np.random.default_rng(3))
+    attention = TritonAttention(HEADS, KV_HEADS, SIZE, BLOCK, torch.float32, None, 128)
+    attention.plan(batch)
+    plan = attention._plan
+    assert plan is not None and plan.ancestors is not None and plan.paths is not None
+    assert plan.roots.tolist() == [3]
+    assert plan.ancestors[3:, 0].tolist() == [0b01, 0b10]
+    assert plan.paths[3:].tolist() == [[0], [1]]
+
+
+def choice(name: str, device: str = "cpu", size: int = SIZE) -> str:
+    return choose.make_attention(name, torch.device(device), HEADS, KV_HEADS, size, BLOCK, torch.float32, None).name
+
+
+def test_a_cpu_is_served_by_the_reference_unless_triton_is_asked_for() -> None:
+    assert choice("auto") == "reference" and choice("reference") == "reference"
+    assert choice("triton") == "triton"
+
+
+def test_a_gpu_is_served_by_triton_where_it_can_be(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    assert choice("auto", "cuda") == "triton" and choice("reference", "cuda") == "reference"
+    with caplog.at_level(logging.WARNING):
+        assert choice("auto", "cuda", size=512) == "reference"
+    assert "heads of 512" in caplog.text
+    with pytest.raises(ValueError, match=r"^attention_backend: .*heads of 512"):
+        choice("triton", "cuda", size=512)
+    monkeypatch.setattr(choose, "find_spec", lambda name: None)
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert choice("auto", "cuda") == "reference"
+    assert "Triton is not installed" in caplog.text
+    with pytest.raises(ValueError, match=r"^attention_backend: triton is not installed"):
+        choice("triton", "cuda")
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_llama_dir: Path) -> Worker:
+    return load_worker(tiny_llama_dir, block_size=4, max_num_batched_tokens=32)
+
+
+@pytest.mark.parametrize("fixed_split", [0, 128])
+def test_a_whole_engine_runs_on_it(worker: Worker, fixed_split: int) -> None:
+    """Prompt chunks beside trees, accepted paths packed in the cache: the answers of the reference backend, undrafted."""
+    reference, shape = worker.runner.attention, worker.model_config
+    requests = [
+        request("greedy", [5, 6, 7, 5, 6], max_tokens=6, temperature=0.0),
+        request("sampled", list(range(3, 45)), max_tokens=5, temperature=0.9, seed=7),
+    ]
+    plain = answers(make_engine(worker), requests)
+    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    worker.runner.attention = TritonAttention(*heads, 4, torch.float32, shape.sliding_window, fixed_split)
+    try:
+        known = {key: answer.tokens for key, answer in plain.items()}
+        drafted = answers(make_engine(worker, [OracleDrafter(shape.vocab_size, known)], budget=7), requests)
+    finally:
+        worker.runner.attention = reference
+    assert {key: answer.tokens for key, answer in drafted.items()} == known
+    assert sum(answer.usage.accepted_tokens for answer in drafted.values() if answer.usage) > 2
+
+
+WITHOUT = """
+import sys
+sys.modules["triton"] = None  # as where it is not installed
+from tests.engine.real import answers, load_worker, make_engine, request
+from pathlib import Path
+engine = make_engine(load_worker(Path(sys.argv[1])), ["ngram"])
+print(answers(engine, [request("a", [5, 6, 7, 5, 6], max_tokens=4, temperature=0.0)]))
+"""
+
+
+def test_an_engine_runs_where_triton_is_missing(tiny_llama_dir: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT, str(tiny_llama_dir)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
