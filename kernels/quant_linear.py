@@ -1,8 +1,9 @@
 """A linear layer over a weight of four or eight bits: unpacked in registers, multiplied in the activations' own type.
 
 Made for few rows (1 to 64, what decoding and verification feed), where the time is that of reading the weight. Each number
-becomes exactly the value that `QuantWeight.dequantize` gives, so the layer is the dequantized one but for the order of a sum. That order
-depends on the weight's shape alone: inputs are split over programs where there are few outputs, and the parts are added in order.
+becomes exactly the value that `QuantWeight.dequantize` gives, so the layer is the dequantized one but for the order of a sum.
+That order depends on the weight's shape alone: inputs are split over programs where there are few outputs, and the parts are
+added in order.
 Twin: kernels.reference_quant.linear.
 """
 

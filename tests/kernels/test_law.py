@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from engine.truncation import truncate
+
+pytest.importorskip("triton")
+
 from kernels import law
 from kernels import reference_sampling as reference
 from kernels import truncate as cut

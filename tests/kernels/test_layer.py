@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from kernels import act, norm, reference, rope
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

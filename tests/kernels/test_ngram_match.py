@@ -9,6 +9,9 @@ from torch import Tensor
 from engine.drafters.ngram import NgramDrafter
 from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
+
+pytest.importorskip("triton")
+
 from kernels import reference_ngram as reference
 from kernels.ngram_match import ngram_draft
 

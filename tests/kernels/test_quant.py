@@ -8,6 +8,8 @@ import torch
 from gguf import GGMLQuantizationType, quants
 from torch import Tensor
 
+pytest.importorskip("triton")
+
 from kernels import quant_linear, quant_weight, reference_quant
 from kernels.quant_weight import QuantWeight
 

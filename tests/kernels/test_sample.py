@@ -10,6 +10,9 @@ from torch import Tensor
 from engine import gumbel_max
 from engine.gumbel_max import Address
 from engine.noise import draft_stream, gumbel, to_gumbel
+
+pytest.importorskip("triton")
+
 from kernels import reference_sampling as reference
 from kernels import sample
 

@@ -14,6 +14,9 @@ from engine.tree import DraftForest, Verdict
 from engine.verifiers.match import MatchVerifier
 from engine.verifiers.recursive import RecursiveVerifier
 from engine.verifiers.rejection import RejectionVerifier
+
+pytest.importorskip("triton")
+
 from kernels import reference_sampling as reference
 from kernels import reject, verify
 from tests.kernels.forests import Columns, int32, sequences, verdict

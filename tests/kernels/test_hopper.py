@@ -1,0 +1,127 @@
+"""Every kernel compiles for a Hopper GPU, on a machine that has none: launches are compiled and not run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from kernels import act, law, ngram_match, norm, quant_linear, reject, rope, sample, truncate, verify
+from kernels.quant_weight import QuantWeight
+
+HOPPER = GPUTarget("cuda", 90, 32)
+TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "fp8e4nv",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The kernels compiled so far in this test. A launch compiles its kernel as it would be compiled for these arguments."""
+    compiled: list[str] = []
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = kernel.arg_names
+        bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in kwargs.items() if k in names}).arguments
+        constant = {p.name for p in kernel.params if p.is_constexpr}
+        signature = {name: "constexpr" if name in constant else signed(value) for name, value in bound.items()}
+        source = ASTSource(kernel, signature, {(names.index(name),): bound[name] for name in constant})
+        options = {k: v for k, v in kwargs.items() if k not in names}
+        triton.compile(source, target=HOPPER, options=options)
+        compiled.append(kernel.fn.__name__)
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    return compiled
+
+
+def signed(value: object) -> str:
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def ints(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def doubles(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64)
+
+
+def layer() -> None:
+    x, weight = torch.zeros(2, 80, dtype=BF16), torch.zeros(80, dtype=BF16)
+    norm.rms_norm(x, weight, 1e-5)
+    norm.add_rms_norm(x, x, weight, 1e-5)
+    act.silu_mul(x)
+    table = torch.zeros(2, 1, 20, dtype=BF16)
+    rope.rope_(x.view(2, 4, 20), table, table)
+    kv = torch.zeros(1, 2, 1, 16, 20, dtype=BF16)
+    rope.rope_write_kv_(x, table, table, ints(2).long(), kv, ints(2).long(), 2)
+    rope.rope_write_kv_(x, table, table, ints(2).long(), kv, ints(2).long(), 2, weight[:20], weight[:20], 1e-6)
+
+
+def sampling() -> None:
+    for dtype in (torch.float32, BF16):
+        scores = torch.zeros(2, 5000, dtype=dtype)
+        sample.gumbel_argmax(scores, ints(2), ints(2).bool(), ints(2).long(), ints(2), ints(2), ints(2), splits=3)
+
+
+def shaping() -> None:
+    scores, penalty = torch.zeros(2, 5000), torch.zeros(2)
+    law.edit_(scores, ints(3), ints(3), torch.zeros(3), torch.zeros(3), penalty, penalty, penalty)
+    law.shape_scores(scores.to(BF16), penalty)
+    law.shape_scores(scores, penalty, ints(1, 157), ints(2))
+    truncate.truncate_(scores, ints(2), doubles(2), doubles(2), splits=2)
+
+
+def verifying() -> None:
+    scores, seeds, start = torch.zeros(4, 5000), ints(4).long(), torch.tensor([0, 2, 4], dtype=torch.int32)
+    verify.match_verify(scores, ints(4).bool(), seeds, ints(4), ints(4), ints(4), ints(4), start, 2, 1)
+    trees = (ints(2), seeds[:2], ints(2), ints(2))
+    kind = torch.zeros(4, dtype=torch.int8)
+    reject.recursive_verify(scores, scores, ints(4), kind, ints(4), ints(4), start, *trees, 2, 1)
+
+
+def matching() -> None:
+    ngram_match.ngram_draft(ints(2, 5000), ints(2), ints(2), 8, splits=2)
+
+
+def quantized() -> None:
+    half, bias = torch.ones(64, 8, dtype=torch.float16), torch.zeros(64, dtype=BF16)
+    weights = [
+        QuantWeight(torch.zeros(64, 128, dtype=torch.uint8), half, 32, half),
+        QuantWeight(torch.zeros(64, 128, dtype=torch.uint8), half, 32, None, 8),
+        QuantWeight(torch.zeros(64, 256, dtype=torch.int8), half, 32),
+        QuantWeight(torch.zeros(64, 256, dtype=torch.float8_e4m3fn), half[:, :1].contiguous(), 256),
+    ]
+    for weight in weights:
+        quant_linear.linear(torch.zeros(2, 256, dtype=BF16), weight, bias, splits=2)
+    quant_linear.linear(torch.zeros(64, 256, dtype=BF16), weights[0], bias)
+
+
+@pytest.mark.parametrize("use", [layer, sampling, shaping, verifying, matching, quantized])
+def test_it_compiles(use: Callable[[], None], launches: list[str]) -> None:
+    use()
+    assert launches
