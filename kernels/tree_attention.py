@@ -438,7 +438,7 @@ def _tile(lanes: int, per_head: int, size: int, wide: bool, fixed: bool) -> Tile
     rows = min(64, most) if fixed else min(max(triton.next_power_of_2(lanes), 16), most)
     rows = max(rows, triton.next_power_of_2(per_head))
     if wide:
-        return Tile(rows, 32 if size <= 64 else 16, 4, 3)
+        return Tile(rows, 32 if size <= 64 else 16, min(max(rows // 8, 4), 16), 3)
     if size > 128:
         return Tile(rows, 32, 4 if rows < 64 else 8, 3)
     if rows < 64:
