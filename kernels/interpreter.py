@@ -26,7 +26,14 @@ def interpreted() -> Iterator[None]:
     def call(function: Any, *args: Any, **kwargs: Any) -> Any:
         return InterpretedFunction(function.fn)(*args, **kwargs)
 
-    patch_tensor = interpreter._patch_lang_tensor
+    patch_tensor, set_attribute = interpreter._patch_lang_tensor, interpreter._LangPatchScope.set_attr
+    originals: dict[tuple[int, str], tuple[Any, Any]] = {}
+    missing = object()
+
+    def remember(scope: Any, owner: Any, name: str, value: Any) -> None:
+        # A device function's patches are never undone (Triton 3.6): the compiler would meet them in the same process.
+        originals.setdefault((id(owner), name), (owner, getattr(owner, name, missing)))
+        set_attribute(scope, owner, name, value)
 
     def patch(tensor: Any, scope: Any) -> None:
         patch_tensor(tensor, scope)
@@ -35,10 +42,16 @@ def interpreted() -> Iterator[None]:
 
     compiled = JITFunction.run, JITFunction.__call__
     JITFunction.run, JITFunction.__call__ = run, call
-    interpreter._patch_lang_tensor = patch
+    interpreter._patch_lang_tensor, interpreter._LangPatchScope.set_attr = patch, remember
     try:
         with np.errstate(all="ignore"):  # it computes with numpy, which warns of infinities that a kernel means
             yield
     finally:
         JITFunction.run, JITFunction.__call__ = compiled
-        interpreter._patch_lang_tensor = patch_tensor
+        interpreter._patch_lang_tensor, interpreter._LangPatchScope.set_attr = patch_tensor, set_attribute
+        for (_, name), (owner, value) in originals.items():
+            if value is missing:
+                if hasattr(owner, name):
+                    delattr(owner, name)
+            else:
+                setattr(owner, name, value)
