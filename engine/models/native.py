@@ -91,6 +91,10 @@ class NativeDecoder:
         self.kernels.logits(hidden, rows.numpy(), logits, peaks)
         return attach(logits, peaks)
 
+    def move(self, kv: Tensor, moves: list[tuple[int, int]]) -> None:
+        """Copy slots (from, to) of every layer, one after the other."""
+        native.move(kv, moves)
+
     def _buffers(self, rows: int) -> tuple[Tensor, Tensor]:
         """For logits and their peaks."""
         # A fresh tensor of some megabytes is all page faults.

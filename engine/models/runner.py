@@ -34,6 +34,8 @@ class PagedModel(Protocol):
 
     def step_logits(self, hidden: Tensor, rows: Tensor) -> Tensor: ...
 
+    def move(self, kv: Tensor, moves: list[tuple[int, int]]) -> None: ...  # engine/kv.py
+
 
 class AttentionBackend(Protocol):
     """Plans once per step, runs once per layer."""
@@ -50,6 +52,8 @@ class ModelRunner:
 
     def __init__(self, model: Model | PagedModel, kv: KVCache, attention: AttentionBackend) -> None:
         self.model, self.kv, self.attention = model, kv, attention
+        if isinstance(model, PagedModel):
+            kv.native = model.move
 
     def forward(self, batch: ForwardBatch, hidden_layers: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Hidden states of every fed row [T, C], and those after the named layers; the KV cache has the rows afterwards."""

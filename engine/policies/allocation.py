@@ -10,6 +10,7 @@ Goodput as the objective: SmartSpec (arXiv 2406.14066). It is not a controller: 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,6 @@ FEW = 96  # nodes: up to here a loop is faster than arrays
 
 Double = NDArray[np.float64]
 Int = NDArray[np.int64]
-Bool = NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,9 @@ def allocate(
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """kept [N]: the nodes worth verifying; tokens, seconds: expected of the step; best: the goodput's gain over no draft."""
+    """kept [N]: which nodes are worth verifying; tokens, seconds: expected of the step."""
 
-    kept: Bool
+    kept: list[bool]
     count: int
     tokens: float
     seconds: float
@@ -92,7 +92,12 @@ class Selection:
 
 
 def select(
-    survival: Double, verify: Double, roots: int, limit: float = np.inf, margin: float = 1.0, rate: float | None = None
+    survival: Seq[float] | Double,
+    verify: Double,
+    roots: int,
+    limit: float = np.inf,
+    margin: float = 1.0,
+    rate: float | None = None,
 ) -> Selection:
     """The best set of drafted nodes, after drafting; draft trees of any shape.
 
@@ -101,7 +106,8 @@ def select(
     rate: as for `allocate`.
     """
     if len(survival) <= FEW:
-        return _select_few(survival.tolist(), verify.tolist(), roots, limit, margin, rate)
+        return _select_few(survival, verify.tolist(), roots, limit, margin, rate)
+    survival = np.asarray(survival)
     order = np.argsort(-survival, kind="stable")
     tokens = np.empty(len(survival) + 1)
     tokens[0] = roots
@@ -119,11 +125,11 @@ def select(
         count = 0
     kept = np.zeros(len(survival), dtype=bool)
     kept[order[:count]] = True
-    return Selection(kept, count, float(tokens[count]), float(verify[count]), gain, loss, limited)
+    return Selection(kept.tolist(), count, float(tokens[count]), float(verify[count]), gain, loss, limited)
 
 
 def _select_few(
-    survival: list[float], verify: list[float], roots: int, limit: float, margin: float, rate: float | None
+    survival: Seq[float] | Double, verify: list[float], roots: int, limit: float, margin: float, rate: float | None
 ) -> Selection:
     """The same without arrays: half of the time for a step of one stream."""
     order = sorted(range(len(survival)), key=survival.__getitem__, reverse=True)
@@ -142,8 +148,9 @@ def _select_few(
     loss = _loss(best, value if verify[-1] <= limit else -np.inf, roots, rate)
     if gain < margin:
         count, expected = 0, float(roots)
-    kept = np.zeros(len(survival), dtype=bool)
-    kept[order[:count]] = True
+    kept = [False] * len(order)
+    for node in order[:count]:
+        kept[node] = True
     return Selection(kept, count, expected, verify[count], gain, loss, limited)
 
 

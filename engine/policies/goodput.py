@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import compress, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,6 @@ from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
 
 Double = NDArray[np.float64]
-Nodes = NDArray[np.int64]
 
 FIRST_BUDGET, LEAST_BUDGET = 16, 4  # nodes
 TO_START = 1.02  # goodput over plain decoding's that starts speculation; going on takes none (hysteresis)
@@ -254,80 +254,73 @@ class GoodputPolicy(Policy):
         return curve[: drafts + 1]
 
     def _select(self, forest: DraftForest, seqs: Seq[Sequence], load: Load, verify: Double) -> Choice:
+        """Which nodes are shown. Lists, as most steps have a few nodes and a numpy call costs more than any of them."""
         if forest.estimate is None:
             forest.estimate = np.where(forest.parent < 0, 1.0, 0.5)
         survival = path_survival(forest, forest.estimate)
-        nodes = np.flatnonzero(forest.parent >= 0)
+        trees = list(pairwise(forest.start.tolist()))
+        nodes = [node for first, last in trees for node in range(first + 1, last)]
+        drafts = [survival[node] for node in nodes]
         margin = 1.0 if self._speculating else TO_START
         rate = None
         if load.prefill_tokens:
             alone = self._curve(forest.num_trees, len(nodes), load.context_tokens, forest.num_trees)
-            rate = decoding_rate(survival[nodes], alone, forest.num_trees)
-        chosen = select(survival[nodes], verify, forest.num_trees, self.limit, margin, rate)
+            rate = decoding_rate(np.array(drafts), alone, forest.num_trees)
+        chosen = select(drafts, verify, forest.num_trees, self.limit, margin, rate)
         self._speculating = chosen.count > 0
+        kept = [True] * len(survival)
+        for node, keep in zip(nodes, chosen.kept, strict=True):
+            kept[node] = keep
+        offered = [last - first - 1 for first, last in trees]
+        shown = [sum(kept[first + 1 : last]) for first, last in trees]
+        probes: set[int] = set()
+        cut = forest
         if chosen.count and chosen.loss <= TO_CUT:
-            return self._keep(forest, seqs, survival, nodes, verify, chosen)
-        kept = np.ones(forest.num_nodes, dtype=bool)
-        kept[nodes] = chosen.kept
-        if not load.trims and forest.law_row is not None:
-            for tree in range(forest.num_trees):
-                if forest.is_sampled(tree):
-                    kept[forest.nodes(tree)] = True
-        probes = self._probe(forest, seqs, survival, kept, verify)
-        count = int(kept.sum()) - forest.num_trees
-        cut = forest if count == len(nodes) else forest.keep(kept)
-        offered, shown = np.diff(forest.start) - 1, np.diff(cut.start) - 1
-        dropped = (offered - shown).tolist()
-        reasons = self._reasons(seqs, offered.tolist(), dropped, probes, chosen)
-        self._remember(seqs, offered.tolist(), shown.tolist())
-        return Choice(cut, dropped, reasons, float(survival[kept].sum()), float(verify[count]))
-
-    def _keep(
-        self,
-        forest: DraftForest,
-        seqs: Seq[Sequence],
-        survival: Double,
-        nodes: NDArray[np.int64],
-        verify: Double,
-        chosen: Selection,
-    ) -> Choice:
-        """Every node. Who used what is still told by the best choice, or budgets would grow with what costs nothing here."""
+            # Who used what is told by the best choice all the same, or budgets would grow with what costs nothing here.
+            self._remember(seqs, offered, shown)
+            kept, shown = [True] * len(survival), offered
+        elif chosen.count < len(nodes):
+            if not load.trims and forest.law_row is not None:
+                for tree, (first, last) in enumerate(trees):
+                    if forest.is_sampled(tree):
+                        kept[first:last] = [True] * (last - first)
+                        shown[tree] = offered[tree]
+            probes = self._probe(seqs, trees, survival, kept, shown, verify)
+            self._remember(seqs, offered, shown)
+            cut = forest.keep(np.array(kept)) if shown != offered else forest
+        else:
+            self._remember(seqs, offered, shown)
         self._probed.clear()
-        offered = (np.diff(forest.start) - 1).tolist()
-        best = offered
-        if chosen.count < len(nodes):
-            kept = np.zeros(forest.num_nodes, dtype=np.int64)
-            kept[nodes] = chosen.kept
-            best = np.add.reduceat(kept, forest.start[:-1]).tolist()
-        self._remember(seqs, offered, best)
-        dropped = [0] * len(seqs)
-        reasons = self._reasons(seqs, offered, dropped, set(), chosen)
-        return Choice(forest, dropped, reasons, float(survival.sum()), float(verify[len(nodes)]))
+        dropped = [had - used for had, used in zip(offered, shown, strict=True)]
+        reasons = self._reasons(seqs, offered, dropped, probes, chosen)
+        return Choice(cut, dropped, reasons, sum(compress(survival, kept)), float(verify[sum(shown)]))
 
     def _probe(
-        self, forest: DraftForest, seqs: Seq[Sequence], survival: Double, kept: NDArray[np.bool_], verify: Double
+        self,
+        seqs: Seq[Sequence],
+        trees: list[tuple[int, int]],
+        survival: list[float],
+        kept: list[bool],
+        shown: list[int],
+        verify: Double,
     ) -> set[int]:
         """Trees of which some nodes are shown although they do not pay: those unseen for longest, while there is credit."""
-        probed, self._probed = self._probed, set()
-        if kept.all():
-            return set()
-        starts = forest.start.tolist()
-        shown = np.add.reduceat(kept, forest.start[:-1]).tolist()
-        hidden = [b for b in range(len(seqs)) if shown[b] == 1 and starts[b + 1] - starts[b] > 1]
-        hidden.sort(key=lambda b: self._turn(seqs[b], probed))
+        hidden = [b for b, (first, last) in enumerate(trees) if not shown[b] and last > first + 1]
+        hidden.sort(key=lambda b: self._turn(seqs[b], self._probed))
         found: set[int] = set()
-        count = int(kept.sum()) - len(seqs)
+        count = sum(shown)
         for b in hidden:
-            part = np.arange(starts[b] + 1, starts[b + 1])
-            best = part[np.argsort(-survival[part], kind="stable")[:PROBE_NODES]]
-            expected = float(survival[best].sum())
+            best = sorted(range(trees[b][0] + 1, trees[b][1]), key=survival.__getitem__, reverse=True)[:PROBE_NODES]
+            expected = sum([survival[node] for node in best])
             price = float(verify[count + len(best)] - verify[count]) - self._second * expected
-            owed = seqs[b].seq_id in probed
+            owed = seqs[b].seq_id in self._probed
             if (price > self._credit and not owed) or verify[count + len(best)] > self.limit:
                 break
             self._credit -= price
             self._on_trial.append((b, expected))
-            kept[best] = True
+            for node in best:
+                kept[node] = True
+            shown[b] = len(best)
             count += len(best)
             found.add(b)
         return found
@@ -374,18 +367,14 @@ class GoodputPolicy(Policy):
         won: dict[str, float] = {}
         forest = choice.forest
         if spent > negligible and forest.num_drafts and forest.estimate is not None:
-            nodes = np.flatnonzero(forest.parent >= 0)
-            price = (choice.seconds - choice.plain_seconds - spent) / len(nodes)
-            value = path_survival(forest, forest.estimate)[nodes] * choice.decode_seconds / forest.num_trees - price
-            for name, amount in zip(_owners(forest, nodes), value.tolist(), strict=True):
-                won[name] = won.get(name, 0.0) + amount
+            price = (choice.seconds - choice.plain_seconds - spent) / forest.num_drafts
+            second = choice.decode_seconds / forest.num_trees
+            starts, owners = forest.start.tolist(), forest.node_drafter
+            survival = path_survival(forest, forest.estimate)
+            for tree, (first, last) in enumerate(pairwise(starts)):
+                for node in range(first + 1, last):
+                    name = forest.drafter[tree] if owners is None else owners[node]
+                    won[name] = won.get(name, 0.0) + survival[node] * second - price
         for name, worth in self._worth.items():
             if worth.took is not None:
                 worth.settle(won.get(name, 0.0), negligible)
-
-
-def _owners(forest: DraftForest, nodes: Nodes) -> list[str]:
-    if forest.node_drafter is not None:
-        return [forest.node_drafter[node] for node in nodes.tolist()]
-    trees = np.searchsorted(forest.start, nodes, side="right") - 1
-    return [forest.drafter[tree] for tree in trees.tolist()]

@@ -229,7 +229,7 @@ class Survival:
         return found
 
 
-def path_survival(forest: DraftForest, estimate: Double) -> Double:
+def path_survival(forest: DraftForest, estimate: Double) -> list[float]:
     """P(node stands): the product of the estimates along its path. [N], below its parent's wherever they are below 1."""
     if forest.num_nodes <= FEW:
         return _few_path_survival(forest, estimate)
@@ -241,10 +241,10 @@ def path_survival(forest: DraftForest, estimate: Double) -> Double:
         survival *= survival[jump]
         jump = jump[jump]
         reach *= 2
-    return survival
+    return survival.tolist()
 
 
-def _few_path_survival(forest: DraftForest, estimate: Double) -> Double:
+def _few_path_survival(forest: DraftForest, estimate: Double) -> list[float]:
     survival: list[float] = []
     first = 0
     for node, (parent, own) in enumerate(zip(forest.parent.tolist(), estimate.tolist(), strict=True)):
@@ -253,7 +253,7 @@ def _few_path_survival(forest: DraftForest, estimate: Double) -> Double:
             survival.append(1.0)
         else:
             survival.append(survival[first + parent] * own)
-    return np.array(survival)
+    return survival
 
 
 def _class(depth: int) -> int:

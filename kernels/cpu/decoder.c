@@ -288,6 +288,21 @@ int outrider_logits(Context *c, const Model *m, const float *x, const int64_t *r
     return 0;
 }
 
+/* Slot `pairs[2 i]` of every layer to slot `pairs[2 i + 1]`, one after the other; kv [layers, blocks, 2, K, block, D]. */
+void outrider_move(uint16_t *kv, int layers, int64_t stride, int heads, int block, int size, const int64_t *pairs, int count) {
+    const int64_t part = (int64_t)block * size, whole = 2 * heads * part;
+    const int parts = 2 * heads * layers, bytes = size * sizeof(*kv);
+#define ROW_AT(slot, i) (kv + (i) / (2 * heads) * stride + (slot) / block * whole + (i) % (2 * heads) * part + (slot) % block * size)
+    for (int pair = 0; pair < count; pair++) { /* all of it is far away: ask for it before it is needed */
+        for (int i = 0; i < parts; i++) {
+            _mm_prefetch((const char *)ROW_AT(pairs[2 * pair], i), _MM_HINT_T0);
+            _mm_prefetch((const char *)ROW_AT(pairs[2 * pair + 1], i), _MM_HINT_T0);
+        }
+        for (int i = 0; i < parts; i++) memcpy(ROW_AT(pairs[2 * pair + 1], i), ROW_AT(pairs[2 * pair], i), bytes);
+    }
+#undef ROW_AT
+}
+
 /* weight [N, K] bf16 -> panels; `other` [N, K]: panels of 16 rows of weight and 16 of other, [2 N, K] in all. K even. */
 void outrider_pack(const bf16 *weight, const bf16 *other, bf16 *panels, int N, int K) {
     const int rows = other ? PANEL / 2 : PANEL, pairs = K / 2;

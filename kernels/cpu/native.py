@@ -245,6 +245,13 @@ class Decoder:
         return out
 
 
+def move(kv: Tensor, pairs: list[tuple[int, int]]) -> None:
+    """Copy slots of kv [layers, blocks, 2, K, block size, D], 16 bits each: (from, to), one after the other."""
+    _, _, _, heads, block, size = kv.shape
+    flat = np.array(pairs, dtype=np.int64)
+    _library().outrider_move(kv.data_ptr(), len(kv), kv.stride(0), heads, block, size, flat.ctypes.data, len(pairs))
+
+
 def panels(size: int) -> int:
     return -(-size // PANEL)
 
@@ -278,6 +285,8 @@ def _library() -> ctypes.CDLL:
         lib.outrider_logits.argtypes = [c_void_p, model, c_void_p, c_void_p, c_int, c_void_p, c_void_p]
         lib.outrider_top.argtypes = [c_void_p, c_void_p, c_int, c_int, c_int, c_void_p, c_void_p]
         lib.outrider_top.restype = None
+        lib.outrider_move.argtypes = [c_void_p, c_int, c_int64, c_int, c_int, c_int, c_void_p, c_int]
+        lib.outrider_move.restype = None
         lib.outrider_pack.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_int]
         lib.outrider_linear.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int]
         lib.outrider_attention.argtypes = [c_void_p, POINTER(_Attention), batch, c_void_p, c_void_p]

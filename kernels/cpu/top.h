@@ -17,11 +17,11 @@ static inline int top_insert(float *values, int *ids, int size, int k, float val
     return size < k ? size + 1 : k;
 }
 
-/* ids, values [k]: largest first, of equals the lower id. Where the row holds NaN the first value is NaN, with its id. */
-static void top_row(const float *logits, const float *peaks, int V, int k, int *ids, float *values) {
+/* The panels that hold the k largest of a row, ascending; their logits are asked for from memory. Negative: one of a NaN. */
+static int top_panels(const float *logits, const float *peaks, int V, int k, int *chosen) {
     const int panels = (V + PANEL - 1) / PANEL;
     float best[MOST_TOP];
-    int chosen[MOST_TOP], size = 0;
+    int size = 0;
     /* An element outside the k panels with the largest peaks has k before it. */
     for (int p = 0; p < panels; p += 16) {
         __m512 value = _mm512_mask_loadu_ps(_mm512_set1_ps(-INFINITY), first_lanes(panels - p), peaks + p);
@@ -29,16 +29,15 @@ static void top_row(const float *logits, const float *peaks, int V, int k, int *
         for (; large; large &= large - 1) {
             int at = p + __builtin_ctz(large);
             if (isnan(peaks[at])) {
-                int id = at * PANEL;
-                while (!isnan(logits[id])) id++;
-                for (int i = 0; i < k; i++) {
-                    ids[i] = id;
-                    values[i] = logits[id];
-                }
-                return;
+                chosen[0] = at;
+                return -1;
             }
             if (size < k || peaks[at] > best[k - 1]) size = top_insert(best, chosen, size, k, peaks[at], at);
         }
+    }
+    for (int i = 0; i < size; i++) {
+        _mm_prefetch((const char *)(logits + (long)chosen[i] * PANEL), _MM_HINT_T0);
+        _mm_prefetch((const char *)(logits + (long)chosen[i] * PANEL + PANEL / 2), _MM_HINT_T0);
     }
     for (int i = 1; i < size; i++) /* ascending, so that equal values come in the order of their ids */
         for (int j = i; j > 0 && chosen[j] < chosen[j - 1]; j--) {
@@ -46,6 +45,20 @@ static void top_row(const float *logits, const float *peaks, int V, int k, int *
             chosen[j] = chosen[j - 1];
             chosen[j - 1] = panel;
         }
+    return size;
+}
+
+/* ids, values [k]: largest first, of equals the lower id. Where the row holds NaN all values are NaN, with its id. */
+static void top_row(const float *logits, const int *chosen, int size, int V, int k, int *ids, float *values) {
+    if (size < 0) {
+        int id = chosen[0] * PANEL;
+        while (!isnan(logits[id])) id++;
+        for (int i = 0; i < k; i++) {
+            ids[i] = id;
+            values[i] = logits[id];
+        }
+        return;
+    }
     int found = 0;
     for (int i = 0; i < size; i++) {
         const int first = chosen[i] * PANEL, last = first + PANEL < V ? first + PANEL : V;
@@ -56,7 +69,14 @@ static void top_row(const float *logits, const float *peaks, int V, int k, int *
 
 /* The k largest of each of `rows` rows: logits [rows, V], peaks [rows, panels], ids and values [rows, k]; k <= min(V, 64). */
 void outrider_top(const float *logits, const float *peaks, int rows, int V, int k, int *ids, float *values) {
+    enum { TOGETHER = 16 }; /* rows whose logits are on their way at once */
     const int panels = (V + PANEL - 1) / PANEL;
-    for (int row = 0; row < rows; row++)
-        top_row(logits + (long)row * V, peaks + (long)row * panels, V, k, ids + (long)row * k, values + (long)row * k);
+    int chosen[TOGETHER][MOST_TOP], size[TOGETHER];
+    for (int first = 0; first < rows; first += TOGETHER) {
+        const int count = rows - first < TOGETHER ? rows - first : TOGETHER;
+        for (int i = 0; i < count; i++)
+            size[i] = top_panels(logits + (long)(first + i) * V, peaks + (long)(first + i) * panels, V, k, chosen[i]);
+        for (int i = 0; i < count; i++)
+            top_row(logits + (long)(first + i) * V, chosen[i], size[i], V, k, ids + (long)(first + i) * k, values + (long)(first + i) * k);
+    }
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from engine import tree
 from engine.tree import DraftForest
 
 
@@ -18,6 +19,13 @@ def _forest() -> DraftForest:
     return forest
 
 
+@pytest.fixture(params=[tree.FEW, -1], ids=["loop", "arrays"])
+def cutting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to cut a forest: for few nodes, and for many."""
+    monkeypatch.setattr(tree, "FEW", request.param)
+
+
+@pytest.mark.usefixtures("cutting")
 def test_a_cut_keeps_paths_and_their_numbers() -> None:
     forest = _forest()
     kept = np.array([1, 0, 1, 0, 1, 1, 0, 1], dtype=bool)
@@ -33,6 +41,7 @@ def test_a_cut_keeps_paths_and_their_numbers() -> None:
     assert cut.path(0, 2) == [3, 5]
 
 
+@pytest.mark.usefixtures("cutting")
 def test_keeping_all_changes_nothing() -> None:
     forest = _forest()
     same = forest.keep(np.ones(forest.num_nodes, dtype=bool))
@@ -41,6 +50,7 @@ def test_keeping_all_changes_nothing() -> None:
     assert same.drafter == forest.drafter
 
 
+@pytest.mark.usefixtures("cutting")
 @pytest.mark.parametrize("missing", [0, 1, 5])
 def test_no_node_stays_without_its_parent(missing: int) -> None:
     kept = np.ones(8, dtype=bool)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from kernels import reference
 from kernels.cpu import build
 from kernels.cpu.build import Unavailable, library
-from kernels.cpu.native import Rows, Sink, Threads, pack, pad_bias, panels, top
+from kernels.cpu.native import Rows, Sink, Threads, move, pack, pad_bias, panels, top
 
 try:
     library()
@@ -267,3 +267,14 @@ def test_top_of_more_than_there_is_says_so(k: int) -> None:
     values = torch.randn(1, 11)
     with pytest.raises(ValueError, match="11 logits"):
         top(values, peaks_of(values), k)
+
+
+def test_slots_move_in_every_layer_one_after_the_other() -> None:
+    whole = torch.randn(4, 7, 2, 3, 16, 32).to(BF16)
+    kv = whole[:, :6]  # layers do not lie one behind the other
+    expected, untouched = kv.clone(), whole[:, 6].clone()
+    moves = [(5, 3), (20, 4), (21, 5), (5, 90), (90, 17)]
+    for source, target in moves:
+        expected[:, target // 16, :, :, target % 16] = expected[:, source // 16, :, :, source % 16]
+    move(kv, moves)
+    assert torch.equal(kv, expected) and torch.equal(whole[:, 6], untouched)
