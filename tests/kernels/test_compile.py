@@ -1,4 +1,4 @@
-"""The cache and attention kernels compile for a Hopper GPU, on any machine: the interpreter lets pass what a compiler does not."""
+"""The cache and attention kernels compile for a Hopper GPU, on any machine: the interpreter is less strict than a compiler."""
 
 from __future__ import annotations
 

@@ -132,7 +132,8 @@ def test_parts_are_merged(how: dict[str, int], dtype: torch.dtype, device: torch
 @pytest.mark.parametrize("flags", [{"window": 9}, {"window": 2}, {"soft_cap": 1.5}, {"window": 40, "soft_cap": 30.0}])
 def test_windows_and_soft_caps(how: dict[str, int], flags: dict[str, Any], device: torch.device) -> None:
     """A window of 2 ends inside the trees: it counts positions, not slots."""
-    batch = make([(129, 2, 6), (5, 1, 0)], (2, 1, 32), 16, torch.float32, device)
+    tree = [-1, 0, 0, 2, 3, 3, 5]
+    batch = make([(129, 2, 7), (5, 1, 0)], (2, 1, 32), 16, torch.float32, device, parents=[tree, []])
     batch.arguments["q"] *= 4
     check(batch.arguments | flags, **how, paths=batch.paths)
 
@@ -154,6 +155,14 @@ def test_a_chains_mask_is_the_causal_mask(device: torch.device) -> None:
     square = torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril()
     assert torch.equal(tree_attention(**batch.arguments | {"ancestors": square, "roots": None}), causal)
     check(batch.arguments | {"ancestors": None, "roots": None}, fixed_split=128)
+
+
+def test_rows_may_see_any_earlier_rows(device: torch.device) -> None:
+    batch = make([(21, 0, 40), (2, 0, 7)], (4, 2, 32), 16, torch.float32, device)
+    rows = torch.rand(47, 40, device=device) < 0.3
+    for first, count in ((0, 40), (40, 7)):
+        rows[first : first + count, :count] |= torch.eye(count, dtype=torch.bool, device=device)
+    check(batch.arguments | {"ancestors": rows, "roots": None})
 
 
 def test_a_tree_of_512_nodes(device: torch.device) -> None:
