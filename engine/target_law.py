@@ -22,6 +22,7 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
+from engine.device_rules import has_kernels, truncate_rows
 from engine.penalties import Penalties
 from engine.request import SamplingParams
 from engine.sequence import Sequence
@@ -49,9 +50,12 @@ class TargetLaw:
         if not any(laws.values()):
             return logits
         scores = logits.to(torch.float32, copy=True)
+        together = has_kernels(scores.device)
         for b, law in enumerate(laws.values()):
             if law is not None:
-                law.apply(scores[forest.nodes(b)], forest, b)
+                law.apply(scores[forest.nodes(b)], forest, b, truncates=not together)
+        if together:
+            truncate_rows(scores, [seq.params for seq in seqs], [forest.size(b) for b in range(forest.num_trees)])
         return scores
 
     def _law(self, seq: Sequence) -> SequenceLaw | None:
@@ -96,8 +100,8 @@ class SequenceLaw:
         self._ends = _ids(set(p.stop_token_ids) | (frozenset() if p.ignore_eos else eos_ids), device)
         self._penalties = Penalties(seq) if _penalises(p) else None
 
-    def apply(self, rows: Tensor, forest: DraftForest, tree: int) -> None:
-        """Shape float32 rows [n, V] in place, one row per node of the tree."""
+    def apply(self, rows: Tensor, forest: DraftForest, tree: int, truncates: bool = True) -> None:
+        """Shape float32 rows [n, V] in place, one row per node of the tree; 7 to 9 only where it `truncates`."""
         p = self.seq.params
         if len(self._bias_ids):
             rows[:, self._bias_ids] += self._bias
@@ -113,7 +117,7 @@ class SequenceLaw:
         if not p.greedy:
             if p.temperature != 1:
                 rows.div_(p.temperature)
-            if _truncates(p):
+            if truncates and _truncates(p):
                 self._truncate(rows, forest, tree)
 
     def _mask_bad_words(self, rows: Tensor, paths: list[list[int]]) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
+from engine.device_rules import has_kernels, match_verdict
 from engine.gumbel_max import gumbel_argmax
 from engine.protocols import Siblings
 from engine.sequence import Sequence
@@ -35,5 +36,7 @@ class MatchVerifier:
 
     def verify(self, forest: DraftForest, scores: Tensor, seqs: Seq[Sequence]) -> Verdict:
         """The verdict on every tree; scores [M, V] in node order. Raises nothing for an unusable row: see `Verdict`."""
+        if self._draw is gumbel_argmax and has_kernels(scores.device):
+            return match_verdict(forest, scores, seqs)
         walks = match_walks(forest, scores, seqs, range(forest.num_trees), self._draw).values()
         return Verdict([walk.nodes for walk in walks], [walk.tokens for walk in walks])

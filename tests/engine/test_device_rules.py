@@ -1,0 +1,99 @@
+"""A step's rules as a GPU computes them, under Triton's interpreter: the verdicts and laws of the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+
+from engine.device_rules import has_kernels, match_verdict, truncate_rows
+from engine.request import SamplingParams
+from engine.target_law import TargetLaw
+from engine.tree import DraftForest
+from engine.verifiers.match import MatchVerifier
+from tests.toy import sequence
+
+pytest.importorskip("triton")
+
+from kernels.interpreter import interpreted
+
+V = 150
+ASKED = [
+    {"temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    {"temperature": 0.0, "top_k": 3, "repetition_penalty": 1.2},
+    {"min_p": 0.05, "presence_penalty": 0.5},
+    {},
+    {"temperature": 1.1, "logit_bias": {3: 4.0}, "top_p": 0.95},
+]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    device = torch.device(request.param)
+    if device.type == "cpu":
+        monkeypatch.setattr("engine.verifiers.match.has_kernels", lambda device: True)
+        monkeypatch.setattr("engine.target_law.has_kernels", lambda device: True)
+    with interpreted() if device.type == "cpu" else nullcontext():
+        yield device
+
+
+def case(seed: int) -> tuple[DraftForest, list, torch.Tensor]:
+    """Trees of several sizes below sequences that ask for different things; children often carry the likeliest token."""
+    rng = np.random.default_rng(seed)
+    seqs = [sequence([1, 2, 3 + b], b, seed=2**64 - 1 - b, **asked) for b, asked in enumerate(ASKED)]
+    for b, seq in enumerate(seqs):
+        seq.tokens += [5] * b
+    trees, first = [], 0
+    sizes = [7, 5, 1, 9, 4]
+    logits = rng.normal(size=(sum(sizes), V)).astype(np.float32) * 1.5
+    for seq, size in zip(seqs, sizes, strict=True):
+        parents = [-1, *(int(rng.integers(max(0, i - 2), i)) for i in range(1, size))]
+        tokens = [seq.tokens[-1]]
+        best = logits.argmax(1)
+        tokens += [int(best[first + up]) if rng.random() < 0.8 else int(rng.integers(V)) for up in parents[1:]]
+        trees.append((tokens, parents))
+        first += size
+    logits[np.arange(len(logits)), logits.argmax(1)] += 3
+    return DraftForest.from_parents(trees), seqs, torch.from_numpy(logits)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_law_and_verdict_are_those_of_the_cpu(seed: int, device: torch.device) -> None:
+    forest, seqs, logits = case(seed)
+    law = TargetLaw(V, frozenset({0}), device)(logits.to(device), seqs, forest)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("engine.verifiers.match", "engine.target_law"):
+            patch.setattr(f"{module}.has_kernels", lambda device: False)
+        expected_law = TargetLaw(V, frozenset({0}), "cpu")(logits, seqs, forest)
+        expected = MatchVerifier().verify(forest, expected_law, seqs)
+    found = MatchVerifier().verify(forest, law, seqs)
+    assert found == expected and sum(map(len, found.nodes)) > 0
+    roots = forest.start[:-1].tolist()  # rows that nothing can reach may be left untruncated on the CPU
+    assert torch.equal(law[roots].cpu().isneginf(), expected_law[roots].isneginf())
+
+
+def test_an_unusable_root_has_no_tokens(device: torch.device) -> None:
+    forest, seqs, logits = case(0)
+    logits[forest.start[3], 4] = torch.nan
+    found = match_verdict(forest, logits.to(device), seqs)
+    assert found.tokens[3] == [] and found.nodes[3] == [] and all(found.tokens[b] for b in (0, 1, 2, 4))
+
+
+def test_nothing_to_judge(device: torch.device) -> None:
+    verdict = match_verdict(DraftForest.roots([]), torch.zeros(0, V, device=device), [])
+    assert verdict.nodes == [] and verdict.tokens == []
+
+
+def test_rows_of_which_nobody_asks_anything_are_not_touched(device: torch.device) -> None:
+    scores = torch.randn(3, V, device=device)
+    kept = scores.clone()
+    truncate_rows(scores, [SamplingParams(max_tokens=1), SamplingParams(max_tokens=1, temperature=0.0, top_k=1)], [1, 2])
+    assert torch.equal(scores, kept)
+
+
+def test_there_are_no_kernels_on_a_cpu() -> None:
+    assert not has_kernels(torch.device("cpu"))
