@@ -49,6 +49,7 @@ def _linear(
     outputs,
     inputs,
     stride,
+    packed_stride,  # bytes of a row
     group,
     zero,
     part,  # inputs in a part, a multiple of BK
@@ -76,7 +77,7 @@ def _linear(
             i = tl.arange(0, BK // 2)
             k = first + (i // 16) * 32 + i % 16  # of the low half; 16 further on of the high one
             held = (n < outputs)[:, None] & (k < inputs)[None, :]
-            place = packed + n.to(tl.int64)[:, None] * (inputs // 2) + (first // 2 + i)[None, :]
+            place = packed + n.to(tl.int64)[:, None] * packed_stride + (first // 2 + i)[None, :]
             q = tl.load(place, mask=held, other=0)
             scale = _spread(scale, runs, 16)
             low = ((q & 15).to(tl.float32) - zero) * scale
@@ -91,7 +92,7 @@ def _linear(
         else:
             k = first + tl.arange(0, BK)
             held = (n < outputs)[:, None] & (k < inputs)[None, :]
-            q = tl.load(packed + n.to(tl.int64)[:, None] * inputs + k[None, :], mask=held, other=0.0)
+            q = tl.load(packed + n.to(tl.int64)[:, None] * packed_stride + k[None, :], mask=held, other=0.0)
             value = (q.to(tl.float32) - zero) * _spread(scale, runs, 32)
             if OFFSET:
                 value += _spread(tl.load(offsets + at, mask=known, other=0.0).to(tl.float32), runs, 32)
@@ -137,7 +138,7 @@ def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, splits: i
     offsets = weight.scales if weight.offsets is None else weight.offsets
     _linear[(tiles, triton.cdiv(rows, block), splits)](
         *(x, weight.packed, weight.scales, offsets, out if bias is None else bias, parts),
-        *(rows, outputs, inputs, x.stride(0), weight.group, weight.zero, part),
+        *(rows, outputs, inputs, x.stride(0), weight.packed.stride(0), weight.group, weight.zero, part),
         BITS=weight.bits,
         OFFSET=weight.offsets is not None,
         BIAS=bias is not None and splits == 1,

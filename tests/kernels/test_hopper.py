@@ -34,6 +34,7 @@ TYPES = {
     torch.int64: "i64",
 }
 BF16 = torch.bfloat16
+ONE = 1
 
 
 @pytest.fixture
@@ -45,15 +46,22 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     def compile_only(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         names = kernel.arg_names
         bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in kwargs.items() if k in names}).arguments
-        constant = {p.name for p in kernel.params if p.is_constexpr}
+        # As a launch does: 1 is compiled in, and so is that a number or an address can be divided by 16.
+        constant = {p.name for p in kernel.params if p.is_constexpr or bound[p.name] is ONE}
         signature = {name: "constexpr" if name in constant else signed(value) for name, value in bound.items()}
-        source = ASTSource(kernel, signature, {(names.index(name),): bound[name] for name in constant})
+        even = [i for i, name in enumerate(names) if name not in constant and divides(bound[name])]
+        attributes = {(i,): [["tt.divisibility", 16]] for i in even}
+        source = ASTSource(kernel, signature, {(names.index(name),): bound[name] for name in constant}, attributes)
         options = {k: v for k, v in kwargs.items() if k not in names}
-        triton.compile(source, target=HOPPER, options=options)
+        assert triton.compile(source, target=HOPPER, options=options).metadata.shared <= 227 << 10
         compiled.append(kernel.fn.__name__)
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     return compiled
+
+
+def divides(value: object) -> bool:
+    return isinstance(value, Tensor) or (type(value) is int and value % 16 == 0)
 
 
 def signed(value: object) -> str:
@@ -85,7 +93,8 @@ def layer() -> None:
 def sampling() -> None:
     for dtype in (torch.float32, BF16):
         scores = torch.zeros(2, 5000, dtype=dtype)
-        sample.gumbel_argmax(scores, ints(2), ints(2).bool(), ints(2).long(), ints(2), ints(2), ints(2), splits=3)
+        for splits in (1, 3):
+            sample.gumbel_argmax(scores, ints(2), ints(2).bool(), ints(2).long(), ints(2), ints(2), ints(2), splits=splits)
 
 
 def shaping() -> None:
@@ -93,19 +102,23 @@ def shaping() -> None:
     law.edit_(scores, ints(3), ints(3), torch.zeros(3), torch.zeros(3), penalty, penalty, penalty)
     law.shape_scores(scores.to(BF16), penalty)
     law.shape_scores(scores, penalty, ints(1, 157), ints(2))
-    truncate.truncate_(scores, ints(2), doubles(2), doubles(2), splits=2)
+    for splits in (1, 2):
+        truncate.truncate_(scores, ints(2), doubles(2), doubles(2), splits=splits)
 
 
 def verifying() -> None:
     scores, seeds, start = torch.zeros(4, 5000), ints(4).long(), torch.tensor([0, 2, 4], dtype=torch.int32)
-    verify.match_verify(scores, ints(4).bool(), seeds, ints(4), ints(4), ints(4), ints(4), start, 2, 1)
+    for depth in (1, 2):
+        verify.match_verify(scores, ints(4).bool(), seeds, ints(4), ints(4), ints(4), ints(4), start, 2, depth)
     trees = (ints(2), seeds[:2], ints(2), ints(2))
     kind = torch.zeros(4, dtype=torch.int8)
-    reject.recursive_verify(scores, scores, ints(4), kind, ints(4), ints(4), start, *trees, 2, 1)
+    for most in (1, 9):
+        reject.recursive_verify(scores, scores, ints(4), kind, ints(4), ints(4), start, *trees, 2, 2, most_sampled=most)
 
 
 def matching() -> None:
-    ngram_match.ngram_draft(ints(2, 5000), ints(2), ints(2), 8, splits=2)
+    for min_n, splits in ((1, 1), (2, 2)):
+        ngram_match.ngram_draft(ints(2, 5000), ints(2), ints(2), 8, min_n, splits=splits)
 
 
 def quantized() -> None:
