@@ -197,7 +197,7 @@ class _Search:
     def __init__(self, scores: Tensor, splits: int) -> None:
         self.scores = scores
         rows, vocab = scores.shape
-        self.tile = TILE if scores.is_cuda else TILE_INTERPRETED
+        self.tile = TILE if scores.is_cuda else min(TILE_INTERPRETED, max(16, triton.next_power_of_2(vocab)))
         tiles = triton.cdiv(vocab, self.tile)
         wanted = splits or min(max(1, multiprocessors(scores.device) // rows), 128)
         part = triton.cdiv(tiles, min(wanted, tiles)) * self.tile

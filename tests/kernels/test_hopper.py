@@ -103,7 +103,7 @@ def shaping() -> None:
     law.shape_scores(scores.to(BF16), penalty)
     law.shape_scores(scores, penalty, ints(1, 157), ints(2))
     for splits in (1, 2):
-        truncate.truncate_(scores, ints(2), doubles(2), doubles(2), splits=splits)
+        truncate.truncate_(scores, ints(2), doubles(2), doubles(2), use_k=splits > 1, splits=splits)
 
 
 def verifying() -> None:
