@@ -240,8 +240,11 @@ def _attend(
     if WINDOW:
         begin = tl.maximum(context + tl.minimum(local, root) - window + 1, 0) // BLOCK_N * BLOCK_N
     if SPLIT:
-        begin = tl.maximum(begin, tl.program_id(2) * split_keys)
-        end = tl.minimum(end, (tl.program_id(2) + 1) * split_keys)
+        part_begin = tl.program_id(2) * split_keys
+        if WINDOW and not FIXED:  # the window is what is split
+            part_begin += begin
+        begin = tl.maximum(begin, part_begin)
+        end = tl.minimum(end, part_begin + split_keys)
     if SCALED:
         scale = scale * tl.load(kv_scale + key_head)
     keys = kv + key_head * kv_head
@@ -359,7 +362,9 @@ def tree_attention(
     tile = _tile(rows_of_one * per_head, per_head, size, q.dtype == torch.float32, fixed)
     full = tile.rows // per_head
     step = 1 if fixed else full
-    keys = max_keys or block_tables.shape[1] * block_size
+    keys = max(max_keys or block_tables.shape[1] * block_size, 1)
+    if window is not None and not fixed:
+        keys = min(keys, window + rows_of_one + tile.keys)
     busy = min(num_rows // full + num_seqs, num_seqs * -(-rows_of_one // full))
     split_keys = fixed_split or _split_keys(keys, busy * num_kv_heads, tile.keys, splits, q.device)
     parts = -(-keys // split_keys)
@@ -449,7 +454,7 @@ def _tile(lanes: int, per_head: int, size: int, wide: bool, fixed: bool) -> Tile
 def _split_keys(keys: int, programs: int, tile_keys: int, splits: int, device: torch.device) -> int:
     """Keys of a part: whole tiles."""
     if not splits:
-        filling = PROGRAMS * _processors(device) // programs
+        filling = PROGRAMS * _processors(device) // max(programs, 1)
         splits = max(min(filling, keys // PART_KEYS), -(-keys // LONGEST_PART), 1)
     each = -(-keys // min(splits, MOST_PARTS))
     return max(-(-each // tile_keys), 1) * tile_keys

@@ -189,6 +189,9 @@ def test_no_rows_and_no_context(device: torch.device) -> None:
     torch.testing.assert_close(found[0], value.expand(2, -1))
     empty = batch.arguments | {"q": batch.arguments["q"][:0], "cu_q": torch.zeros_like(batch.arguments["cu_q"])}
     assert tree_attention(**empty).shape == (0, 2, 16)
+    nobody = {"cu_q": torch.zeros_like(empty["cu_q"][:1])}
+    nobody |= {name: batch.arguments[name][:0] for name in ("context_lens", "block_tables", "roots")}
+    assert not check(batch.arguments | nobody).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
