@@ -21,13 +21,13 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: int | None = None  # None: by --gpu-memory-utilization on a GPU, a share of RAM on a CPU
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1
-    drafters: list[str] = msgspec.field(default_factory=lambda: ["prediction", "suffix"])
+    drafters: list[str] = msgspec.field(default_factory=lambda: ["prediction", "suffix", "token_recycling"])
     verifier: str = "match"
     policy: str = "goodput"  # goodput | fixed | off
     budget: int = 8  # draft nodes per sequence and step under `fixed`
     max_budget: int = 32  # most draft nodes per sequence and step under `goodput`
     max_itl_ms: float | None = None  # a step is not planned to take longer than this, as long as speculation is what costs
-    profile: bool = True  # measure the cost tables at start where none are kept on disk (False: begin with a coarse guess)
+    profile: bool = True  # measure the cost tables at start where none are kept on disk, and read the target's bigrams when idle
     cache_dir: str | None = None  # where cost tables and compiled kernels are kept; None: ~/.cache/outrider
     draft_model: str | None = None  # drafter `draft_model`: directory or .gguf file with the target's vocabulary
     datastore: str | None = None  # drafter `rest`: file built by `outrider datastore build`

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import device_rules
 from engine.noise import GUMBEL_MAX, TARGET, block_words, gumbel, gumbel_at, to_gumbel
 from engine.peaks import knows_peaks, top
 
@@ -45,6 +46,8 @@ def gumbel_argmax(scores: Tensor, rows: Sequence[int], addresses: Sequence[Addre
         return []
     if scores.device.type == "cpu":
         return _argmax_cpu(scores, rows, addresses)
+    if device_rules.has_kernels(scores.device):
+        return device_rules.draw(scores, rows, [(a.seed, a.sample, a.position, a.stream) for a in addresses])
     seeds, samples, positions, streams = zip(*((a.seed, a.sample, a.position, a.stream) for a in addresses), strict=True)
     index = torch.tensor(rows, device=scores.device)
     tokens = torch.arange(scores.shape[1], device=scores.device).expand(len(rows), -1)

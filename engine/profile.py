@@ -22,7 +22,8 @@ from engine.surface import Array, SurfaceTable
 REPEATS = 3
 CONTEXT = 1024  # tokens: the second point of the context axis. What a context costs grows in proportion from there
 PROMPT = 512  # tokens of the prompt chunk
-COARSE_TOKENS = (1, 16, 4, 8, 32, 64, 2, 128)
+# 12 is the tile of the native kernels (kernels/cpu/linear.h): up to there a row costs next to nothing.
+COARSE_TOKENS = (1, 16, 12, 4, 8, 13, 32, 64, 2, 128)
 CONTEXT_TOKENS = (1, 16, 64)  # where the cost of context is measured; between them it is interpolated
 CERTAIN = 0.04  # an interval of token counts is not halved when its middle cannot be further off than this
 MOST_POINTS = 40  # token counts

@@ -8,6 +8,7 @@ from engine.models.batch import padded_rows
 from engine.plan import StepPlan, StepResult
 from engine.probe import Probe, run_probe
 from engine.protocols import Policy
+from engine.successors import Successors
 from engine.worker import Worker
 from kernels.cpu.build import digest
 
@@ -34,6 +35,10 @@ class LocalExecutor:
 
     def probe(self, probe: Probe) -> float:
         return run_probe(self._worker, probe)
+
+    @property
+    def successors(self) -> Successors | None:
+        return self._worker.successors
 
     def study(self) -> bool:
         return self._worker.study()

@@ -14,6 +14,7 @@ from collections.abc import Sequence as Seq
 
 from torch import Tensor
 
+from engine.device_rules import has_kernels, recursive_verdict
 from engine.gumbel_max import gumbel_argmax
 from engine.protocols import Siblings
 from engine.recursion import recurse
@@ -34,6 +35,8 @@ class RejectionVerifier:
         self._siblings, self._coin, self._draw = siblings, coin, draw
 
     def verify(self, forest: DraftForest, scores: Tensor, seqs: Seq[Sequence]) -> Verdict:
+        if self._coin is addressed_coin and self._draw is gumbel_argmax and has_kernels(scores.device):
+            return recursive_verdict(forest, scores, seqs, self._siblings, 1)
         return verdict(forest, scores, seqs, self._siblings, self._judge, self._draw)
 
     def _judge(self, tree: RuledTree) -> Ruling:
