@@ -135,6 +135,23 @@ def test_a_whole_engine_runs_on_it(worker: Worker, fixed_split: int) -> None:
     assert sum(answer.usage.accepted_tokens for answer in drafted.values() if answer.usage) > 2
 
 
+def test_with_fixed_splits_a_draft_changes_no_bit_in_bfloat16(tiny_llama_dir: Path) -> None:
+    """Logprobs and all, branched trees included, with and without company. The matrix products are the CPU's."""
+    worker = load_worker(tiny_llama_dir, "bfloat16", block_size=4, cpu_kernels="torch")
+    shape = worker.model_config
+    heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
+    worker.runner.attention = TritonAttention(*heads, 4, torch.bfloat16, shape.sliding_window, 128)
+    requests = [
+        request("greedy", [5, 6, 7, 5, 6], max_tokens=4, temperature=0.0, logprobs=3),
+        request("sampled", list(range(3, 45)), max_tokens=4, temperature=0.9, seed=7, logprobs=3),
+    ]
+    plain = {key: answer for one in requests for key, answer in answers(make_engine(worker), [one]).items()}
+    known = {key: answer.tokens for key, answer in plain.items()}
+    drafted = answers(make_engine(worker, [OracleDrafter(shape.vocab_size, known)], budget=6), requests)
+    assert {key: answer.tokens for key, answer in drafted.items()} == known
+    assert all(drafted[key].logprobs == plain[key].logprobs for key in plain)
+
+
 WITHOUT = """
 import sys
 sys.modules["triton"] = None  # as where it is not installed
