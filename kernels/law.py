@@ -15,7 +15,7 @@ from torch import Tensor
 TILE = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def _edit(scores, rows, tokens, bias, counts, repetition, presence, frequency, stride, entries, TILE: tl.constexpr):
     ids = tl.program_id(0) * TILE + tl.arange(0, TILE)
     held = ids < entries

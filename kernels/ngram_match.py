@@ -15,9 +15,10 @@ from torch import Tensor
 from kernels.sample import multiprocessors
 
 TILE = 1024
+MOST_SPLITS = 512
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _longest(texts, lengths, found, stride, part, splits, min_n, max_n, TILE: tl.constexpr):
     """found [B, splits]: matched tokens * 2^32 + the position right behind them, of the longest match and the latest of those."""
     text, split = tl.program_id(0), tl.program_id(1)
@@ -41,7 +42,7 @@ def _longest(texts, lengths, found, stride, part, splits, min_n, max_n, TILE: tl
     tl.store(found + text * splits + split, best)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _continue(
     texts, lengths, budgets, found, chains, counts, matches, stride, splits, width, trust, S: tl.constexpr, W: tl.constexpr
 ):
@@ -80,13 +81,13 @@ def ngram_draft(
     if not count:
         return chains, counts, matches
     tiles = triton.cdiv(longest, TILE) or 1
-    splits = min(splits or max(1, 2 * multiprocessors(device) // count), tiles)
+    splits = min(splits or max(1, 2 * multiprocessors(device) // count), tiles, MOST_SPLITS)
     part = triton.cdiv(tiles, splits) * TILE
     splits = triton.cdiv(tiles * TILE, part)
     found = torch.empty(count, splits, dtype=torch.int64, device=device)
     stride = texts.stride(0)
     _longest[(count, splits)](texts, lengths, found, stride, part, splits, min_n, max_n, TILE=TILE)
     outputs = (budgets, found, chains, counts, matches)
-    tile = {"S": triton.next_power_of_2(splits), "W": triton.next_power_of_2(max(width, 1))}
+    tile = {"S": MOST_SPLITS, "W": triton.next_power_of_2(max(width, 1))}
     _continue[(count,)](texts, lengths, *outputs, stride, splits, width, trust, **tile, num_warps=1)
     return chains, counts, matches

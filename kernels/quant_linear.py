@@ -37,7 +37,7 @@ def _times(weight, x, acc, DTYPE: tl.constexpr, WIDE: tl.constexpr):
         return tl.dot(w, tl.trans(x), acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _linear(
     x,  # [T, K], rows of any stride
     packed,  # [N, K / 2] uint8, or [N, K] int8 or float8
@@ -104,7 +104,7 @@ def _linear(
     tl.store(target, tl.trans(acc).to(out.dtype.element_ty), mask=(t < rows)[:, None] & (n < outputs)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _add_parts(parts, bias, out, size, outputs, splits, BIAS: tl.constexpr, TILE: tl.constexpr):
     """parts [splits, T * N] -> out [T * N], added in order."""
     ids = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)

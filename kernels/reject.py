@@ -102,7 +102,7 @@ def _without(law, vocab, token, TILE: tl.constexpr):
     return some
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["depth", "most_sampled"])
 def _recurse(
     scores,  # [M, V]
     laws,  # [K, V] float32
@@ -219,7 +219,7 @@ def _recurse(
     tl.store(last_positions + r, position + level)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["depth"])
 def _finish(drawn, nodes, tokens, counts, depth):
     """The last token behind each path; where its row is unusable, the path ends before the node of that row."""
     r = tl.program_id(0)
@@ -269,7 +269,7 @@ def recursive_verify(
         *(scores, law, law_row, kind, token, parent, start, trees, seeds, samples, positions),
         *(rests, lefts, nodes, tokens, counts, last_positions),
         *(scores.stride(0), law.stride(0), vocab, max_depth, most_sampled, lenience),
-        NODES=triton.next_power_of_2(max_nodes),
+        NODES=max(16, triton.next_power_of_2(max_nodes)),
         TILE=TILE,
         num_warps=16,
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 from kernels.philox import LARGEST, gumbel, noise_bits
 
 TILE = 1024
+MOST_SPLITS = 512
 UNUSABLE = -1  # no token: the row holds NaN or infinity, or nothing is allowed
 
 
@@ -72,7 +73,7 @@ def _race(
     tl.store(tokens + place, token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _winner(values, tokens, out, splits, SPLITS: tl.constexpr):  # values, tokens [R, splits] -> out [R]
     r = tl.program_id(0)
     ids = tl.arange(0, SPLITS)
@@ -106,14 +107,14 @@ def gumbel_argmax(
     if not count:
         return out
     tiles = triton.cdiv(vocab, TILE)
-    splits = min(splits or max(1, 2 * multiprocessors(scores.device) // count), tiles)
+    splits = min(splits or max(1, 2 * multiprocessors(scores.device) // count), tiles, MOST_SPLITS)
     part = triton.cdiv(tiles, splits) * TILE
     splits = triton.cdiv(vocab, part)
     values = torch.empty(count, splits, dtype=torch.float32, device=scores.device)
     tokens = torch.empty(count, splits, dtype=torch.int32, device=scores.device)
     address = (rows, noisy.view(torch.uint8), seeds, samples, positions, streams)
     _race[(count, splits)](scores, *address, values, tokens, scores.stride(0), vocab, part, TILE=TILE, num_warps=4)
-    _winner[(count,)](values, tokens, out, splits, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+    _winner[(count,)](values, tokens, out, splits, SPLITS=MOST_SPLITS, num_warps=1)
     return out
 
 

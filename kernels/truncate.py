@@ -22,6 +22,7 @@ TILE = 512
 TILE_INTERPRETED = 4096  # the interpreter pays by the operation, not by the element
 ROUNDS = (32 + 20) // 4  # bits of a score and of an id, over those of a digit
 MOST_TOKENS = 1 << 20
+MOST_SPLITS = 128
 
 
 @triton.jit
@@ -83,7 +84,7 @@ def _wanted(amount, totals, row, splits, MASS: tl.constexpr, SPLITS: tl.constexp
         return share
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _total(scores, peaks, floor, totals, stride, vocab, part, splits, SPLITS: tl.constexpr, TILE: tl.constexpr):
     """floor [M] -> totals [M, splits]: the mass that top_k kept."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -98,7 +99,7 @@ def _total(scores, peaks, floor, totals, stride, vocab, part, splits, SPLITS: tl
     tl.store(totals + row * splits + split, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "shift"])
 def _round(
     scores,  # [M, V] float32
     peaks,  # [M, splits]
@@ -141,7 +142,7 @@ def _round(
             tl.store(next_low + row, base)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _settle(peaks, amount, totals, low, sums, out, splits, MASS: tl.constexpr, SPLITS: tl.constexpr):
     """The last round's digit: out [M], 0 where everything stays."""
     row = tl.program_id(0).to(tl.int64)
@@ -151,7 +152,7 @@ def _settle(peaks, amount, totals, low, sums, out, splits, MASS: tl.constexpr, S
         tl.store(out + row, _low(low, sums, wanted, row, 0, splits, SPLITS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _cut(scores, peaks, floor, min_p, stride, vocab, part, splits, SPLITS: tl.constexpr, TILE: tl.constexpr):
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     peak = _peak(peaks, row, splits, SPLITS)
@@ -199,10 +200,9 @@ class _Search:
         rows, vocab = scores.shape
         self.tile = TILE if scores.is_cuda else min(TILE_INTERPRETED, max(16, triton.next_power_of_2(vocab)))
         tiles = triton.cdiv(vocab, self.tile)
-        wanted = splits or min(max(1, multiprocessors(scores.device) // rows), 128)
-        part = triton.cdiv(tiles, min(wanted, tiles)) * self.tile
+        wanted = min(splits or max(1, multiprocessors(scores.device) // rows), tiles, MOST_SPLITS)
+        part = triton.cdiv(tiles, wanted) * self.tile
         self.rows, self.splits = rows, triton.cdiv(vocab, part)
-        self.padded = triton.next_power_of_2(self.splits)
         self.shape = (scores.stride(0), vocab, part, self.splits)
         self.peaks = torch.empty(rows, self.splits, dtype=torch.float32, device=scores.device)
         self.totals = self._integers(self.splits)
@@ -212,7 +212,7 @@ class _Search:
 
     def launch(self, kernel: triton.JITFunction, *args: object, warps: int = 4, **flags: object) -> None:
         grid = (self.rows, self.splits)
-        kernel[grid](self.scores, self.peaks, *args, **flags, SPLITS=self.padded, TILE=self.tile, num_warps=warps)
+        kernel[grid](self.scores, self.peaks, *args, **flags, SPLITS=MOST_SPLITS, TILE=self.tile, num_warps=warps)
 
     def threshold(self, amount: Tensor, floor: Tensor, mass: bool) -> None:
         """Raise floor [M] to the threshold that `amount` sets among what lies above it."""
@@ -225,7 +225,7 @@ class _Search:
             shift = 4 * (ROUNDS - 1 - i)
             self.launch(_round, *buffers, *self.shape, shift, warps=8, FIRST=i == 0, MASS=mass)
         this = (ROUNDS - 1) % 2
-        flags = {"MASS": mass, "SPLITS": self.padded}
+        flags = {"MASS": mass, "SPLITS": MOST_SPLITS}
         _settle[(self.rows,)](self.peaks, amount, self.totals, low[this], sums[this], floor, self.splits, **flags, num_warps=4)
 
     def _integers(self, columns: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.sample import gumbel_argmax
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["depth"])
 def _walk(drawn, token, parent, start, nodes, tokens, counts, depth, NODES: tl.constexpr):
     tree = tl.program_id(0)
     first = tl.load(start + tree)
@@ -65,7 +65,7 @@ def match_verify(
     nodes, tokens, counts = tables(trees, max_depth, scores.device)
     if trees:
         args = (drawn, token, parent, start, nodes, tokens, counts, max_depth)
-        _walk[(trees,)](*args, NODES=triton.next_power_of_2(max_nodes), num_warps=1)
+        _walk[(trees,)](*args, NODES=max(16, triton.next_power_of_2(max_nodes)), num_warps=1)
     return nodes, tokens, counts
 
 

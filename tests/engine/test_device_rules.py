@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from engine.device_rules import has_kernels, match_verdict, truncate_rows
+from engine.device_rules import draw, has_kernels, how_chosen, match_verdict, truncate_rows
+from engine.gumbel_max import Address, gumbel_argmax
+from engine.noise import draft_stream
+from engine.protocols import Siblings
 from engine.request import SamplingParams
 from engine.target_law import TargetLaw
 from engine.tree import DraftForest
 from engine.verifiers.match import MatchVerifier
+from engine.verifiers.recursive import RecursiveVerifier
+from engine.verifiers.rejection import RejectionVerifier
+from tests.kernels.forests import NAMES, sampled_forest, sequences
 from tests.toy import sequence
 
 pytest.importorskip("triton")
@@ -28,6 +34,7 @@ ASKED = [
     {},
     {"temperature": 1.1, "logit_bias": {3: 4.0}, "top_p": 0.95},
 ]
+USERS = ["engine.verifiers.match", "engine.verifiers.recursive", "engine.verifiers.rejection", "engine.target_law"]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -35,8 +42,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     device = torch.device(request.param)
     if device.type == "cpu":
-        monkeypatch.setattr("engine.verifiers.match.has_kernels", lambda device: True)
-        monkeypatch.setattr("engine.target_law.has_kernels", lambda device: True)
+        for module in USERS:
+            monkeypatch.setattr(f"{module}.has_kernels", lambda device: True)
     with interpreted() if device.type == "cpu" else nullcontext():
         yield device
 
@@ -66,7 +73,7 @@ def test_law_and_verdict_are_those_of_the_cpu(seed: int, device: torch.device) -
     forest, seqs, logits = case(seed)
     law = TargetLaw(V, frozenset({0}), device)(logits.to(device), seqs, forest)
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("engine.verifiers.match", "engine.target_law"):
+        for module in USERS:
             patch.setattr(f"{module}.has_kernels", lambda device: False)
         expected_law = TargetLaw(V, frozenset({0}), "cpu")(logits, seqs, forest)
         expected = MatchVerifier().verify(forest, expected_law, seqs)
@@ -74,6 +81,33 @@ def test_law_and_verdict_are_those_of_the_cpu(seed: int, device: torch.device) -
     assert found == expected and sum(map(len, found.nodes)) > 0
     roots = forest.start[:-1].tolist()  # rows that nothing can reach may be left untruncated on the CPU
     assert torch.equal(law[roots].cpu().isneginf(), expected_law[roots].isneginf())
+
+
+@pytest.mark.parametrize("verifier", [RecursiveVerifier, RejectionVerifier])
+def test_a_rejection_rules_verdict_is_the_cpus(verifier: type, device: torch.device) -> None:
+    forest, scores = sampled_forest(["iid", "point", "distinct", "greedy"], 60, np.random.default_rng(3))
+    seqs = sequences(4, [False, False, True, False])
+    found = verifier(NAMES).verify(forest, torch.from_numpy(scores).to(device), seqs)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in USERS:
+            patch.setattr(f"{module}.has_kernels", lambda device: False)
+        assert found == verifier(NAMES).verify(forest, torch.from_numpy(scores), seqs)
+    assert sum(map(len, found.nodes)) > 0
+
+
+def test_a_node_of_an_unknown_drafter_is_not_judged() -> None:
+    forest, _ = sampled_forest(["iid"], 60, np.random.default_rng(3))
+    with pytest.raises(KeyError):
+        how_chosen(forest, {"point": Siblings.POINT})
+
+
+def test_draws_are_those_of_the_cpu(device: torch.device) -> None:
+    scores = torch.randn(3, V, generator=torch.Generator().manual_seed(1)) * 3
+    scores[1, 4] = torch.nan
+    addresses = [Address(2**64 - 1 - i, i, 7 * i, draft_stream(2**20 + i, 200)) for i in range(5)]
+    rows = [0, 2, 1, 2, 0]
+    numbers = [(a.seed, a.sample, a.position, a.stream) for a in addresses]
+    assert draw(scores.to(device).t().contiguous().t(), rows, numbers) == gumbel_argmax(scores, rows, addresses)
 
 
 def test_an_unusable_root_has_no_tokens(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
 
-KINDS = [Siblings.POINT, Siblings.IID, Siblings.DISTINCT, Siblings.GREEDY]  # in the order of kernels.reject's numbers
+NAMES = {"point": Siblings.POINT, "iid": Siblings.IID, "distinct": Siblings.DISTINCT, "greedy": Siblings.GREEDY}
 
 
 def sequences(count: int, greedy: list[bool]) -> list[Sequence]:
@@ -69,3 +70,58 @@ def verdict(nodes: Tensor, tokens: Tensor, counts: Tensor) -> Verdict:
         found.nodes.append(n[b, :accepted].tolist())
         found.tokens.append(t[b, :count].tolist())
     return found
+
+
+def peaked(rows: int, vocab: int, rng: np.random.Generator) -> np.ndarray:
+    """Logits whose likeliest token has about two thirds of the mass."""
+    values = rng.normal(size=(rows, vocab)).astype(np.float32)
+    values[np.arange(rows), rng.integers(vocab, size=rows)] += np.log(2 * vocab * np.exp(0.5))
+    return values
+
+
+def sampled_forest(kinds: list[str], vocab: int, rng: np.random.Generator) -> tuple[DraftForest, np.ndarray]:
+    """Per tree some levels of children that were drawn from a blurred target law in the way named; there are twins among them."""
+    token, parent, laws, law_row, names, start, scores = [], [], [], [], [], [0], []
+    for kind in kinds:
+        own: list[int] = [-1]
+        token.append(0)
+        names.append("")
+        law_row.append(-1)
+        scores.append(peaked(1, vocab, rng)[0])
+        node = 0
+        while node < len(own) < 12:
+            row = scores[start[-1] + node]
+            q = np.exp(row * 0.5 + rng.normal(size=vocab) * 0.3)
+            q /= q.sum()
+            children: list[int]
+            if kind == "iid":
+                children = rng.choice(vocab, 3, p=q).tolist()
+            elif kind == "distinct":
+                children = rng.choice(vocab, 3, replace=False, p=q).tolist()
+            elif kind == "greedy":
+                children = [int(q.argmax())]
+                q[children] = 0
+                q /= q.sum()
+                children.append(int(rng.choice(vocab, p=q)))
+            else:
+                children = [int(row.argmax()), int(rng.integers(vocab))]
+            if kind != "point":
+                law_row[start[-1] + node] = len(laws)
+                laws.append(q)
+            for child in children:
+                own.append(node)
+                token.append(child)
+                names.append(kind)
+                law_row.append(-1)
+                # Nodes with the same path have the same row behind them, as a model would give it.
+                twin = next((i for i in range(1, len(own) - 1) if own[i] == node and token[start[-1] + i] == child), None)
+                scores.append(peaked(1, vocab, rng)[0] if twin is None else scores[start[-1] + twin])
+            node += 1
+        parent.append(own)
+        start.append(len(token))
+    split = [token[a:b] for a, b in pairwise(start)]
+    forest = DraftForest.from_parents(list(zip(split, parent, strict=True)), kinds)
+    forest.law = torch.tensor(np.array(laws), dtype=torch.float32)
+    forest.law_row = np.array(law_row, dtype=np.int32)
+    forest.node_drafter = names
+    return forest, np.array(scores)

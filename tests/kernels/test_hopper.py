@@ -47,9 +47,10 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         names = kernel.arg_names
         bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in kwargs.items() if k in names}).arguments
         # As a launch does: 1 is compiled in, and so is that a number or an address can be divided by 16.
-        constant = {p.name for p in kernel.params if p.is_constexpr or bound[p.name] is ONE}
+        fixed = {p.name for p in kernel.params if p.do_not_specialize}
+        constant = {p.name for p in kernel.params if p.is_constexpr or (bound[p.name] is ONE and p.name not in fixed)}
         signature = {name: "constexpr" if name in constant else signed(value) for name, value in bound.items()}
-        even = [i for i, name in enumerate(names) if name not in constant and divides(bound[name])]
+        even = [i for i, name in enumerate(names) if name not in constant | fixed and divides(bound[name])]
         attributes = {(i,): [["tt.divisibility", 16]] for i in even}
         source = ASTSource(kernel, signature, {(names.index(name),): bound[name] for name in constant}, attributes)
         options = {k: v for k, v in kwargs.items() if k not in names}

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from engine.protocols import Siblings
 from engine.tree import DraftForest, Verdict
 from engine.verifiers.match import MatchVerifier
 from engine.verifiers.recursive import RecursiveVerifier
@@ -19,17 +16,9 @@ pytest.importorskip("triton")
 
 from kernels import reference_sampling as reference
 from kernels import reject, verify
-from tests.kernels.forests import Columns, int32, sequences, verdict
+from tests.kernels.forests import NAMES, Columns, int32, peaked, sampled_forest, sequences, verdict
 
-NAMES = {"point": Siblings.POINT, "iid": Siblings.IID, "distinct": Siblings.DISTINCT, "greedy": Siblings.GREEDY}
 NUMBERS = {"point": reject.ONE_HOT, "iid": reject.IID, "distinct": reject.DISTINCT, "greedy": reject.GREEDY}
-
-
-def peaked(rows: int, vocab: int, rng: np.random.Generator) -> np.ndarray:
-    """Logits whose likeliest token has about two thirds of the mass."""
-    values = rng.normal(size=(rows, vocab)).astype(np.float32)
-    values[np.arange(rows), rng.integers(vocab, size=rows)] += np.log(2 * vocab * np.exp(0.5))
-    return values
 
 
 def matched_forest(trees: int, nodes: int, vocab: int, rng: np.random.Generator) -> tuple[DraftForest, np.ndarray]:
@@ -91,54 +80,6 @@ def test_a_path_ends_before_an_unusable_row(dead: int, device: torch.device) -> 
     columns = Columns(DraftForest.from_chains([0], [[5, 5, 5]], ["point"]), sequences(1, [False]), device)
     answer = check_match(scores, columns)
     assert answer.tokens == [[5] * dead] and answer.nodes == [list(range(1, dead))]
-
-
-def sampled_forest(kinds: list[str], vocab: int, rng: np.random.Generator) -> tuple[DraftForest, np.ndarray]:
-    """Per tree some levels of children that were drawn from a blurred target law in the way named; there are twins among them."""
-    token, parent, laws, law_row, names, start, scores = [], [], [], [], [], [0], []
-    for kind in kinds:
-        own: list[int] = [-1]
-        token.append(0)
-        names.append("")
-        law_row.append(-1)
-        scores.append(peaked(1, vocab, rng)[0])
-        node = 0
-        while node < len(own) < 12:
-            row = scores[start[-1] + node]
-            q = np.exp(row * 0.5 + rng.normal(size=vocab) * 0.3)
-            q /= q.sum()
-            children: list[int]
-            if kind == "iid":
-                children = rng.choice(vocab, 3, p=q).tolist()
-            elif kind == "distinct":
-                children = rng.choice(vocab, 3, replace=False, p=q).tolist()
-            elif kind == "greedy":
-                children = [int(q.argmax())]
-                q[children] = 0
-                q /= q.sum()
-                children.append(int(rng.choice(vocab, p=q)))
-            else:
-                children = [int(row.argmax()), int(rng.integers(vocab))]
-            if kind != "point":
-                law_row[start[-1] + node] = len(laws)
-                laws.append(q)
-            for child in children:
-                own.append(node)
-                token.append(child)
-                names.append(kind)
-                law_row.append(-1)
-                # Nodes with the same path have the same row behind them, as a model would give it.
-                twin = next((i for i in range(1, len(own) - 1) if own[i] == node and token[start[-1] + i] == child), None)
-                scores.append(peaked(1, vocab, rng)[0] if twin is None else scores[start[-1] + twin])
-            node += 1
-        parent.append(own)
-        start.append(len(token))
-    split = [token[a:b] for a, b in pairwise(start)]
-    forest = DraftForest.from_parents(list(zip(split, parent, strict=True)), kinds)
-    forest.law = torch.tensor(np.array(laws), dtype=torch.float32)
-    forest.law_row = np.array(law_row, dtype=np.int32)
-    forest.node_drafter = names
-    return forest, np.array(scores)
 
 
 def check_recursive(
