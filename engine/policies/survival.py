@@ -21,6 +21,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -42,24 +43,45 @@ SPREAD = 2.0  # variance of the offsets among sequences
 WANDER = 0.01  # variance that an offset gains with each observation: it never stops learning
 LARGEST = 4.0  # offset
 FADE = 0.01  # share of an unused offset that is lost with each step
-LEAST_SEQUENCES = 64
 BINS, BIN_MEMORY = 10, 0.998  # of the calibration error; what a bin keeps of itself with each node
 FEW = 96  # nodes: up to here a loop is faster than arrays (8 nodes: 8 against 30 us; 256 nodes: 230 against 40 us)
 
 
+@dataclass(slots=True)
+class _Offset:
+    """A sequence's own, in the logarithm of the odds."""
+
+    last: int  # the step in which it was last moved; it fades from there
+    value: float = 0.0
+    precision: float = 1 / SPREAD
+
+    def faded(self, step: int) -> float:
+        return self.value * math.exp(FADE * (self.last - step))
+
+    def move(self, step: int, surprise: float, information: float, count: float) -> None:
+        """One filter step."""
+        before = self.precision / (1 + WANDER * count * self.precision)
+        precision = max(before, 1 / SPREAD) + information
+        value = self.faded(step - 1) + surprise / precision
+        self.precision, self.last = precision, step
+        self.value = min(max(value, -LARGEST), LARGEST)
+
+
+Own = tuple[_Offset, _Offset]  # of first nodes, of those below
+
+
 class Survival:
-    """Estimates for the nodes of a forest. Memory: 2 KB for each drafter, 48 bytes for each sequence and drafter."""
+    """Estimates for the nodes of a forest. Memory: 10 KB for each drafter, 0.3 KB for each sequence and drafter.
+
+    Lists, as a step of few sequences touches a few numbers, each of which costs more in an array.
+    """
 
     def __init__(self, drafters: Seq[str] = ()) -> None:
         self._index: dict[str, int] = {}
-        self._slots: dict[int, int] = {}
-        self._free = list(range(LEAST_SEQUENCES))[::-1]
+        self._own: dict[int, list[Own]] = {}  # by sequence, for each drafter
         self._step = 0
         self._cells: list[list[list[tuple[float, float]]]] = []  # [drafter][bucket][depth class]: nodes that stood, nodes judged
-        self._logit = np.zeros((0, len(DEPTHS) + 1, UNSURE + 1))  # of the rates that follow from them
-        self._offset = np.zeros((LEAST_SEQUENCES, 0, 2))
-        self._precision = np.zeros((LEAST_SEQUENCES, 0, 2))
-        self._last = np.zeros((LEAST_SEQUENCES, 0, 2))
+        self._logit: list[list[list[float]]] = []  # [drafter][bucket][depth class]: of the rates that follow from them
         self._bins = [[0.0, 0.0, 0.0] for _ in range(BINS)]  # by predicted survival: weight, sum predicted, sum observed
         for name in drafters:
             self._of(name)
@@ -72,20 +94,20 @@ class Survival:
 
     def estimate(self, drafter: str, seq_ids: Seq[int], forest: DraftForest) -> Double:
         """P(node stands | its parent stands) for each node of one drafter's forest; 1 for roots."""
-        d, slots = self._of(drafter), self._rows(seq_ids)
+        d = self._of(drafter)
         if forest.num_nodes > FEW:
-            return self._estimate_many(d, np.array(slots), forest)
+            return self._estimate_many(d, seq_ids, forest)
         found: list[float] = []
-        depths = forest.depth.tolist()
-        confidence = _confidences(forest)
-        for slot, first, last in zip(slots, forest.start[:-1].tolist(), forest.start[1:].tolist(), strict=True):
+        depths, starts = forest.depth.tolist(), forest.start.tolist()
+        confidence, logits = _confidences(forest), self._logit[d]
+        for seq_id, first, last in zip(seq_ids, starts, starts[1:], strict=False):
             found.append(1.0)
             if last > first + 1:
-                offsets = self._faded(slot, d, 0), self._faded(slot, d, 1)
+                offset, below = (own.faded(self._step) for own in self._of_sequence(seq_id)[d])
                 for node in range(first + 1, last):
                     depth = depths[node]
-                    logit = self._logit[d, _class(depth), _bucket(confidence[node])] + offsets[depth > 1]
-                    found.append(_probability(float(logit)))
+                    logit = logits[_bucket(confidence[node])][_class(depth)]
+                    found.append(_probability(logit + (below if depth > 1 else offset)))
         return np.array(found)
 
     def chain(self, drafter: str, seq_ids: Seq[int], length: int) -> Double:
@@ -95,8 +117,8 @@ class Survival:
         prior = np.where(np.arange(len(hits)) == 0, FIRST_PRIOR, LATER_PRIOR)
         rate = np.clip((hits + BUCKET_WEIGHT * prior) / (seen + BUCKET_WEIGHT), LOWEST, HIGHEST)
         logit = np.log(rate / (1 - rate))[[_class(depth) for depth in range(1, length + 1)]]
-        offsets = np.array([[self._faded(slot, d, 0)] + [self._faded(slot, d, 1)] * (length - 1) for slot in self._rows(seq_ids)])
-        estimate = 1.0 / (1.0 + np.exp(-logit - offsets.reshape(len(seq_ids), length)))
+        offset = self._faded(d, seq_ids)[:, np.minimum(np.arange(length), 1)]
+        estimate = 1.0 / (1.0 + np.exp(-logit - offset))
         return np.cumprod(np.clip(estimate, LOWEST, HIGHEST), axis=1)
 
     def learn(self, seq_ids: Seq[int], forest: DraftForest, verdict: Verdict) -> None:
@@ -106,47 +128,45 @@ class Survival:
             return
         confidence, depths = _confidences(forest), forest.depth.tolist()
         touched: set[tuple[int, int]] = set()
-        moves: dict[tuple[int, int, int], list[float]] = {}  # (slot, drafter, later) -> surprise, information, observations
-        for slot, drafter, node, stood in self._judged(seq_ids, forest, verdict):
-            d, later = self._of(drafter), int(depths[node] > 1)
-            cell = d, _class(depths[node]), _bucket(confidence[node])
-            predicted = _probability(float(self._logit[cell]) + self._faded(slot, d, later))
-            self._count(cell, predicted, stood)
-            touched.add((d, cell[2]))
-            move = moves.setdefault((slot, d, later), [0.0, 0.0, 0.0])
+        moves: dict[tuple[int, int, bool], list[float]] = {}  # (sequence, drafter, below) -> surprise, information, observations
+        for seq_id, drafter, node, stood in self._judged(seq_ids, forest, verdict):
+            d, below = self._of(drafter), depths[node] > 1
+            c, bucket = _class(depths[node]), _bucket(confidence[node])
+            own = self._of_sequence(seq_id)[d][below]
+            predicted = _probability(self._logit[d][bucket][c] + own.faded(self._step))
+            self._count(d, bucket, c, predicted, stood)
+            touched.add((d, bucket))
+            move = moves.setdefault((seq_id, d, below), [0.0, 0.0, 0.0])
             move[0] += stood - predicted
             move[1] += predicted * (1 - predicted)
             move[2] += 1
         for d, bucket in touched:
             self._refresh(d, bucket)
-        for place, (surprise, information, count) in moves.items():
-            self._move(place, surprise, information, count)
+        for (seq_id, d, below), (surprise, information, count) in moves.items():
+            self._own[seq_id][d][below].move(self._step, surprise, information, count)
 
     def forget(self, seq_id: int) -> None:
-        slot = self._slots.pop(seq_id, None)
-        if slot is not None:
-            self._free.append(slot)
+        self._own.pop(seq_id, None)
 
-    def _estimate_many(self, d: int, slots: Int, forest: DraftForest) -> Double:
-        owner = np.repeat(slots, np.diff(forest.start))
-        later = (forest.depth > 1).astype(np.int64)
-        idle = self._step - self._last[owner, d, later]
+    def _estimate_many(self, d: int, seq_ids: Seq[int], forest: DraftForest) -> Double:
+        owner = np.repeat(np.arange(len(seq_ids)), np.diff(forest.start))
         classes = _CLASS[np.minimum(forest.depth, len(_CLASS) - 1)]
-        logit = self._logit[d, classes, _buckets(forest.confidence, len(owner))]
-        logit += self._offset[owner, d, later] * np.exp(-FADE * idle)
+        logit = np.array(self._logit[d])[_buckets(forest.confidence, len(owner)), classes]
+        logit += self._faded(d, seq_ids)[owner, (forest.depth > 1).astype(np.int64)]
         found = np.clip(1.0 / (1.0 + np.exp(-logit)), LOWEST, HIGHEST)
         found[forest.start[:-1]] = 1.0
         return found
 
-    def _faded(self, slot: int, d: int, later: int) -> float:
-        """A sequence's offset, faded by the steps since it was last moved."""
-        return float(self._offset[slot, d, later]) * math.exp(-FADE * (self._step - self._last[slot, d, later]))
+    def _faded(self, d: int, seq_ids: Seq[int]) -> Double:
+        """Offsets now: [B, 2]."""
+        rows = [[own.faded(self._step) for own in self._of_sequence(seq_id)[d]] for seq_id in seq_ids]
+        return np.array(rows).reshape(len(seq_ids), 2)
 
     def _judged(self, seq_ids: Seq[int], forest: DraftForest, verdict: Verdict) -> Iterator[tuple[int, str, int, float]]:
-        """(slot, drafter, node, 1 or 0) for each node whose parent stood and that was really asked whether it stands."""
+        """(sequence, drafter, node, 1 or 0) for each node whose parent stood and that was really asked whether it stands."""
         parents, starts = forest.parent.tolist(), forest.start.tolist()
         names, estimate = forest.node_drafter, forest.estimate
-        for b, slot in enumerate(self._rows(seq_ids)):
+        for b, seq_id in enumerate(seq_ids):
             first, last = starts[b], starts[b + 1]
             if last == first + 1 or not verdict.tokens[b]:
                 continue
@@ -164,10 +184,9 @@ class Survival:
                     best += first
                     if names[best] != name and estimate[best] > estimate[node]:
                         continue
-                yield slot, name, node, float(stood)
+                yield seq_id, name, node, float(stood)
 
-    def _count(self, cell: tuple[int, int, int], predicted: float, stood: float) -> None:
-        d, c, bucket = cell
+    def _count(self, d: int, bucket: int, c: int, predicted: float, stood: float) -> None:
         bin_ = self._bins[min(int(predicted * BINS), BINS - 1)]
         bin_[:] = BIN_MEMORY * bin_[0] + 1, BIN_MEMORY * bin_[1] + predicted, BIN_MEMORY * bin_[2] + stood
         column = self._cells[d][bucket]
@@ -181,36 +200,16 @@ class Survival:
         column = self._cells[d][bucket]
         all_hits, all_seen = sum([hits for hits, _ in column]), sum([seen for _, seen in column])
         for c, (hits, seen) in enumerate(column):
-            self._logit[d, c, bucket] = _leaning(hits, seen, all_hits, all_seen, _PRIOR[c][bucket])
+            self._logit[d][bucket][c] = _leaning(hits, seen, all_hits, all_seen, _PRIOR[c][bucket])
 
-    def _move(self, place: tuple[int, int, int], surprise: float, information: float, count: float) -> None:
-        """One filter step of a sequence's offset."""
-        idle = self._step - 1 - self._last[place]
-        before = self._precision[place] / (1 + WANDER * count * self._precision[place])
-        precision = max(before, 1 / SPREAD) + information
-        offset = self._offset[place] * math.exp(-FADE * idle) + surprise / precision
-        self._precision[place], self._last[place] = precision, self._step
-        self._offset[place] = min(max(offset, -LARGEST), LARGEST)
-
-    def _rows(self, seq_ids: Seq[int]) -> list[int]:
-        """The slot of each sequence; new ones start where the table is."""
-        for seq_id in seq_ids:
-            if seq_id not in self._slots:
-                self._slots[seq_id] = self._slot()
-        return [self._slots[seq_id] for seq_id in seq_ids]
-
-    def _slot(self) -> int:
-        if not self._free:
-            size = len(self._offset)
-            self._offset, self._precision, self._last = (
-                np.concatenate([array, np.zeros_like(array)]) for array in (self._offset, self._precision, self._last)
-            )
-            self._free = list(range(size, 2 * size))[::-1]
-        slot = self._free.pop()
-        self._offset[slot] = 0.0
-        self._precision[slot] = 1 / SPREAD
-        self._last[slot] = self._step
-        return slot
+    def _of_sequence(self, seq_id: int) -> list[Own]:
+        """For each drafter; new ones start where the table is."""
+        own = self._own.get(seq_id)
+        if own is None:
+            own = self._own[seq_id] = []
+        while len(own) < len(self._index):
+            own.append((_Offset(self._step), _Offset(self._step)))
+        return own
 
     def _of(self, drafter: str) -> int:
         """The drafter's index; a new one gets a table of priors."""
@@ -218,12 +217,7 @@ class Survival:
         if found is None:
             found = self._index[drafter] = len(self._index)
             self._cells.append([[(0.0, 0.0)] * len(_PRIOR) for _ in range(UNSURE + 1)])
-            self._logit = np.concatenate([self._logit, np.zeros((1, *self._logit.shape[1:]))])
-            count = len(self._offset)
-            self._offset, self._last = (
-                np.concatenate([array, np.zeros((count, 1, 2))], axis=1) for array in (self._offset, self._last)
-            )
-            self._precision = np.concatenate([self._precision, np.full((count, 1, 2), 1 / SPREAD)], axis=1)
+            self._logit.append([[0.0] * len(_PRIOR) for _ in range(UNSURE + 1)])
             for bucket in range(UNSURE + 1):
                 self._refresh(found, bucket)
         return found

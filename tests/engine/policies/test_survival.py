@@ -170,7 +170,7 @@ def test_memory_follows_the_sequences_that_live() -> None:
         teach(survival, [seq_id], forest)
         survival.forget(seq_id)
         survival.forget(seq_id)
-    assert len(survival._offset) == 64 and not survival._slots
+    assert not survival._own
     for seq_id in range(100):
         teach(survival, [seq_id], forest)
-    assert len(survival._offset) == 128
+    assert len(survival._own) == 100
