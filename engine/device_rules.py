@@ -26,6 +26,23 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and find_spec("triton") is not None
 
 
+def warm_up(vocab_size: int, device: torch.device, max_nodes: int) -> None:
+    """Compile whatever the rules of any step may need, for trees of up to so many nodes, roots included; nothing else is compiled
+    later. Seconds the first time, then from Triton's cache."""
+    from kernels.reject import recursive_verify
+    from kernels.truncate import truncate_
+    from kernels.verify import match_verify
+
+    scores = torch.zeros(2, vocab_size, device=device)
+    column, start, one = (torch.tensor(ids, dtype=torch.int32, device=device) for ids in ([0, 0], [0, 1, 2], [1, 1]))
+    seeds, parent, share = column.long(), column - 1, torch.full((2,), 0.5, dtype=torch.float64, device=device)
+    truncate_(scores.clone(), one, share, share)
+    for size in (1 << bits for bits in range(max(max_nodes, 2).bit_length() + 1)):
+        address = (seeds, column, column)
+        match_verify(scores, one.bool(), *address, column, parent, start, size, 1)
+        recursive_verify(scores, scores, column, one.to(torch.int8), column, parent, start, column, *address, size, 1)
+
+
 def draw(scores: Tensor, rows: Seq[int], addresses: Seq[tuple[int, int, int, int]]) -> list[int]:
     """engine.gumbel_max.gumbel_argmax: one token per address (seed, sample, position, stream), -1 for an unusable row."""
     from kernels.sample import gumbel_argmax

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from engine.device_rules import draw, has_kernels, how_chosen, match_verdict, truncate_rows
+from engine.device_rules import draw, has_kernels, how_chosen, match_verdict, truncate_rows, warm_up
 from engine.gumbel_max import Address, gumbel_argmax
 from engine.noise import draft_stream
 from engine.protocols import Siblings
@@ -127,6 +129,42 @@ def test_rows_of_which_nobody_asks_anything_are_not_touched(device: torch.device
     kept = scores.clone()
     truncate_rows(scores, [SamplingParams(max_tokens=1), SamplingParams(max_tokens=1, temperature=0.0, top_k=1)], [1, 2])
     assert torch.equal(scores, kept)
+
+
+def specialised(kernel: Any, args: tuple, options: dict) -> tuple:
+    """What a launch is compiled for: constants, types, ones, and what can be divided by 16."""
+    bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in options.items() if k in kernel.arg_names}).arguments
+    key: list[object] = [kernel.fn.__name__, options.get("num_warps")]
+    for parameter in kernel.params:
+        value = bound[parameter.name]
+        if isinstance(value, torch.Tensor):
+            key.append((value.dtype, value.data_ptr() % 16 == 0))
+        elif parameter.is_constexpr or isinstance(value, float) or not parameter.do_not_specialize:
+            key.append(value if parameter.is_constexpr else (type(value), value == 1, value % 16 == 0))
+    return tuple(key)
+
+
+def test_after_the_warm_up_no_step_compiles_anything(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    compiled: set[tuple] = set()
+    run = JITFunction.run
+
+    def record(kernel: Any, *args: Any, **options: Any) -> Any:
+        compiled.add(specialised(kernel, args, options))
+        return run(kernel, *args, **options)
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    warm_up(V, device, 12)
+    known = set(compiled)
+    for seed in range(2):
+        forest, seqs, logits = case(seed)
+        MatchVerifier().verify(forest, TargetLaw(V, frozenset({0}), device)(logits.to(device), seqs, forest), seqs)
+    for verifier, kinds in ((RecursiveVerifier, ["iid", "distinct", "greedy"]), (RejectionVerifier, ["iid"])):
+        forest, scores = sampled_forest(kinds, V, np.random.default_rng(0))
+        verifier(NAMES).verify(forest, torch.from_numpy(scores).to(device), sequences(len(kinds), [False] * len(kinds)))
+    draw(torch.zeros(2, V, device=device), [1], [(1, 0, 0, 0)])
+    assert compiled == known and len(known) > 8
 
 
 def test_there_are_no_kernels_on_a_cpu() -> None:
