@@ -90,8 +90,8 @@ def write_kv(kv: Tensor, new: Tensor, slots: Tensor, kv_scale: Tensor | None = N
         new = (new.float() / kv_scale[..., None]).clamp(-most, most)
     stored = slots >= 0
     rows = kv_rows(slots[stored], kv.shape[2], kv.shape[3])
-    bits = kv.view(torch.uint8) if kv.dtype.itemsize == 1 else kv  # few operators know float8
-    fresh = new[stored].to(kv.dtype).view(bits.dtype)
+    bits = _bits(kv)
+    fresh = _bits(new[stored].to(kv.dtype))
     bits.view(-1, kv.shape[-1]).index_copy_(0, rows.view(-1), fresh.reshape(-1, kv.shape[-1]))
 
 
@@ -100,14 +100,19 @@ def commit_kv(kv: Tensor, source: Tensor, target: Tensor) -> None:
 
     All rows are read before any is written; source and target may overlap (a parallel copy in place would race).
     """
-    block_size = kv.shape[4]
+    block_size, kv = kv.shape[4], _bits(kv)
     moved = kv[:, source // block_size, :, :, source % block_size]
     kv[:, target // block_size, :, :, target % block_size] = moved
 
 
 def copy_blocks(kv: Tensor, source: Tensor, target: Tensor) -> None:
     """Copy whole blocks source [M] to target [M] in every layer of kv [layers, N, 2, K, S, D]; no block is in both."""
-    kv[:, target] = kv[:, source]
+    _bits(kv)[:, target] = _bits(kv)[:, source]
+
+
+def _bits(kv: Tensor) -> Tensor:
+    """The same memory as bytes where it is float8, which few operators know."""
+    return kv.view(torch.uint8) if kv.dtype.itemsize == 1 else kv
 
 
 def pack_words(mask: Tensor) -> Tensor:
@@ -174,7 +179,7 @@ def tree_attention(
         first, last, context = int(cu_q[b]), int(cu_q[b + 1]), int(context_lens[b])
         rows, length = last - first, context + last - first
         blocks = block_tables[b, : -(-length // block_size)].long()
-        pages = kv[blocks].float()
+        pages = _bits(kv)[blocks].view(kv.dtype).float()
         if kv_scale is not None:
             pages = pages * kv_scale[:, :, None, None]
         keys, values = pages.permute(1, 2, 0, 3, 4).reshape(2, num_kv_heads, -1, size)[:, :, :length]

@@ -92,7 +92,7 @@ def test_float8_is_stored_divided_by_its_scale(device: torch.device) -> None:
     assert kv[0, 1, 2, 3, 3].float() == 448
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
 @pytest.mark.parametrize("moved", [1, 3, 40])
 def test_paths_are_packed_in_every_layer(moved: int, dtype: torch.dtype, device: torch.device) -> None:
     check_commit(2, moved, (2, 7, 80), dtype, device)
@@ -121,7 +121,7 @@ def test_more_moves_than_registers_hold_go_through_a_copy(device: torch.device) 
     check_commit(1, HELD // LEAST_STRIP + 1, (1, 16, 16), torch.float32, device)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.uint8])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float8_e4m3fn])
 @pytest.mark.parametrize("shape", [(1, 1, 16), (3, 16, 80), (2, 32, 64)])
 def test_blocks_are_copied(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
     check_copy(2, 3, shape, dtype, device)
