@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from engine import cost_store, registry
+from engine import cost_store, device_rules, registry
 from engine.config import EngineConfig
 from engine.draft_runner import DraftRunner, make_runner
 from engine.drafting import Drafting
@@ -62,7 +62,8 @@ class Worker:
         draft_bytes = draft_model.bytes_per_block if draft_model else 0
         self.memory: MemoryPlan = plan_memory(config, self.model_config, weight_bytes, dtype, self.device, draft_bytes)
         shape = self.model_config
-        self.runner = make_runner(model, shape, self.memory.num_blocks, config.block_size, dtype, self.device)
+        blocks, backend = self.memory.num_blocks, config.attention_backend
+        self.runner = make_runner(model, shape, blocks, config.block_size, dtype, self.device, backend)
         self.kv = self.runner.kv
         if draft_model is not None:
             draft_model.open(self.memory.num_blocks)
@@ -70,6 +71,8 @@ class Worker:
         self._study = Study(self.runner, shape, self.successors) if self.successors is not None else None
         self.eos_ids = eos_ids
         self.target_law = TargetLaw(shape.vocab_size, self.eos_ids, self.device)
+        if device_rules.has_kernels(self.device):
+            device_rules.warm_up(shape.vocab_size, self.device, 1 + max(config.budget, config.max_budget))
         self.policy: Policy = registry.make_policy("fixed")
         self.drafting = Drafting(drafters, shape.vocab_size)
         self.seqs: dict[int, Sequence] = {}

@@ -76,6 +76,9 @@ class ServerConfig(BaseSettings):
     cpu_kernels: Literal["auto", "native", "torch"] = Field(
         _ENGINE.cpu_kernels, description="of bfloat16 models on a CPU: native ones where they run, only those, or torch's"
     )
+    attention_backend: Literal["auto", "triton", "reference"] = Field(
+        _ENGINE.attention_backend, description="auto: triton on a GPU, reference on a CPU (there triton is for tests)"
+    )
     load_format: Literal["auto", "native", "transformers"] = Field(
         _ENGINE.load_format, description="transformers: run the model through transformers' own code"
     )

@@ -28,9 +28,13 @@ from engine.worker import Worker
 class SharedExecutor:
     """An executor whose worker outlives it; `num_blocks` makes the pool small, which forces preemptions."""
 
-    def __init__(self, worker: Worker, num_blocks: int | None) -> None:
+    def __init__(self, worker: Worker, config: EngineConfig, num_blocks: int | None) -> None:
+        """The scheduler's limits are those of `config`, not of the configuration that the worker was made with."""
         self.worker = worker
-        self.info = worker.info if num_blocks is None else msgspec.structs.replace(worker.info, num_blocks=num_blocks)
+        limits = {"max_num_seqs": config.max_num_seqs, "max_num_batched_tokens": config.max_num_batched_tokens}
+        if num_blocks is not None:
+            limits["num_blocks"] = num_blocks
+        self.info = msgspec.structs.replace(worker.info, **limits)
 
     def guide(self, policy: Policy) -> None:
         self.worker.guide(policy)
@@ -66,7 +70,7 @@ def make_engine(
         worker.config, policy=name if made else "off", budget=budget, check_integrity=True, **options
     )
     worker.verification = Verification(config, made)
-    return Engine(config, SharedExecutor(worker, num_blocks), None if isinstance(policy, str) else policy)
+    return Engine(config, SharedExecutor(worker, config, num_blocks), None if isinstance(policy, str) else policy)
 
 
 @dataclass

@@ -135,6 +135,11 @@ def test_a_whole_engine_runs_on_it(worker: Worker, fixed_split: int) -> None:
     assert sum(answer.usage.accepted_tokens for answer in drafted.values() if answer.usage) > 2
 
 
+def test_the_flag_reaches_the_engine(tiny_llama_dir: Path, worker: Worker) -> None:
+    assert worker.runner.backend == "reference"
+    assert load_worker(tiny_llama_dir, attention_backend="triton").info.backend == "triton"
+
+
 def test_with_fixed_splits_a_draft_changes_no_bit_in_bfloat16(tiny_llama_dir: Path) -> None:
     """Logprobs and all, branched trees included, with and without company. The matrix products are the CPU's."""
     worker = load_worker(tiny_llama_dir, "bfloat16", block_size=4, cpu_kernels="torch")

@@ -76,6 +76,7 @@ def test_every_setting_of_the_engine_has_a_flag_that_reaches_it(name: str) -> No
         "lossy": ["--lossy"],
         "load_format": ["--load-format", "native"],
         "cpu_kernels": ["--cpu-kernels", "torch"],
+        "attention_backend": ["--attention-backend", "triton"],
     }.get(name, [flag(name), "7"])
     if name == "tensor_parallel_size":
         assert complaint(*argv) == "--tensor-parallel-size: only 1 is supported (got '7')"
