@@ -46,6 +46,7 @@ NEGLIGIBLE_SHARE = 0.005  # of a step: what a drafter may take although it never
 WORTH_RATE, LONGEST_REST = 0.05, 16
 CURVE_STEPS = 16  # for which a cost that was looked up holds
 ERROR_RATE = 0.02
+UNSEEN, MOST_APART = 4, 4  # steps
 TO_CUT = 0.005  # goodput that dropping nodes must win: doing it takes 0.1 ms, too
 OBSERVED = 4  # every so manyth step teaches the cost model: it takes 0.1 ms
 
@@ -124,7 +125,9 @@ class GoodputPolicy(Policy):
         budgets = []
         for seq in seqs:
             record = self._record(seq)
-            record.asked = min(record.budget, self.max_budget)
+            # Whose drafts are never worth their place is asked in every second to fourth step only: asking takes time as well.
+            rests = (self._steps + seq.seq_id) % min(1 + record.unseen // UNSEEN, MOST_APART)
+            record.asked = 0 if rests else min(record.budget, self.max_budget)
             budgets.append(record.asked)
         return budgets
 
