@@ -100,6 +100,7 @@ def _ours(site: Site) -> Iterator[Arm]:
     yield from (fixed("ngram", budget) for budget in (4, 8, 16))
     yield from (fixed("suffix", budget) for budget in (8, 16))
     yield fixed("token_recycling", 16)
+    yield from (fixed("prediction,suffix,token_recycling", budget) for budget in (8, 16))
     for name, flags in site.outrider.items():
         yield Arm(f"outrider, {name}", OURS, serve(*shlex.split(flags)))
 
