@@ -72,6 +72,12 @@ def silu_mul(x: Tensor) -> Tensor:
     return F.silu(x[:, :half]).mul_(x[:, half:])
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, plus bias [N]; summed in float32, rounded once, to x's dtype."""
+    out = F.linear(x.float(), weight.float())
+    return (out if bias is None else out + bias.float()).to(x.dtype)
+
+
 def kv_rows(slots: Tensor, num_kv_heads: int, block_size: int) -> Tensor:
     """Rows of `kv.view(-1, D)` that hold the given slots [T]: [T, 2, K], in the order of `k` and `v` heads."""
     block, offset = slots // block_size, slots % block_size

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from kernels import act, law, ngram_match, norm, quant_linear, reject, rope, sample, truncate, verify
+from kernels import act, law, linear, ngram_match, norm, quant_linear, reject, rope, sample, truncate, verify
 from kernels.quant_weight import QuantWeight
 
 HOPPER = GPUTarget("cuda", 90, 32)
@@ -135,7 +135,14 @@ def quantized() -> None:
     quant_linear.linear(torch.zeros(64, 256, dtype=BF16), weights[0], bias)
 
 
-@pytest.mark.parametrize("use", [layer, sampling, shaping, verifying, matching, quantized])
+def multiplying() -> None:
+    for dtype, inputs in ((BF16, 256), (torch.float16, 200), (torch.float32, 256)):
+        x, weight = torch.zeros(2, inputs, dtype=dtype), torch.zeros(64, inputs, dtype=dtype)
+        for splits in (1, 2):
+            linear.linear(x, weight, weight[:, 0].contiguous(), splits)
+
+
+@pytest.mark.parametrize("use", [layer, multiplying, sampling, shaping, verifying, matching, quantized])
 def test_it_compiles(use: Callable[[], None], launches: list[str]) -> None:
     use()
     assert launches
