@@ -36,6 +36,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int | None = None  # None: all cores this process may use
     cpu_kernels: Literal["auto", "native", "torch"] = "auto"  # of bfloat16 models on a CPU; native: refuse to start without
     attention_backend: Literal["auto", "triton", "reference"] = "auto"  # of models that bring none of their own
+    deterministic: bool = False  # no bit of an answer depends on company or drafts (engine/deterministic.py)
     load_format: Literal["auto", "native", "transformers"] = "auto"  # transformers: force the fallback models
     check_integrity: bool = False  # verify the block pool after every step (tests)
 

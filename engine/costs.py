@@ -94,6 +94,8 @@ class Costs:
 
 def key(config: EngineConfig, info: EngineInfo, platform: dict[str, str]) -> dict[str, str]:
     """What a table belongs to. Anything that changes the time of a step changes the key."""
+    if config.deterministic and info.backend != "native":  # other kernels
+        platform = platform | {"deterministic": "yes"}
     return platform | {
         "model": cost_store.fingerprint(config.model),
         "architecture": info.architecture,

@@ -37,11 +37,12 @@ def make_runner(
     dtype: torch.dtype,
     device: torch.device,
     attention: str = "auto",
+    fixed_split: int = 0,
 ) -> ModelRunner:
-    """A model with its KV cache and attention backend (`attention`: engine/attention/choose.py)."""
+    """A model with its KV cache and attention backend (`attention`, `fixed_split`: engine/attention/choose.py)."""
     kv = KVCache(shape.num_layers, num_blocks, shape.num_kv_heads, block_size, shape.head_dim, dtype, device)
     heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
-    backend = make_attention(attention, device, *heads, block_size, dtype, shape.sliding_window)
+    backend = make_attention(attention, device, *heads, block_size, dtype, shape.sliding_window, fixed_split)
     return ModelRunner(model, kv, backend)
 
 

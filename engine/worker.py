@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import torch
 
-from engine import cost_store, device_rules, registry
+from engine import cost_store, deterministic, device_rules, registry
 from engine.config import EngineConfig
 from engine.draft_runner import DraftRunner, make_runner
 from engine.drafting import Drafting
@@ -49,12 +49,15 @@ class Worker:
         self.model_config = load_config(config.model)
         dtype = _dtype(config.dtype, self.model_config.dtype)
         eos_ids = frozenset(self.model_config.eos_token_ids)
+        if config.deterministic:
+            deterministic.check(config, self.model_config, dtype, self.device)
         draft_model = self._draft_model(dtype)
         self.successors = self._successors(dtype)
         offers = registry.drafter_offers(config, self.model_config.vocab_size, eos_ids, draft_model, self.successors)
         drafters = [registry.make_drafter(name, offers) for name in config.drafters]
         self.verification = Verification(config, drafters)
         model = load_model(config, self.model_config, dtype, self.device)
+        fixed_split = deterministic.fix_order(config, self.model_config, model) if config.deterministic else 0
         depth_seconds: dict[str, float] = {}
         if draft_model is not None:
             draft_model.load()
@@ -63,7 +66,7 @@ class Worker:
         self.memory: MemoryPlan = plan_memory(config, self.model_config, weight_bytes, dtype, self.device, draft_bytes)
         shape = self.model_config
         blocks, backend = self.memory.num_blocks, config.attention_backend
-        self.runner = make_runner(model, shape, blocks, config.block_size, dtype, self.device, backend)
+        self.runner = make_runner(model, shape, blocks, config.block_size, dtype, self.device, backend, fixed_split)
         self.kv = self.runner.kv
         if draft_model is not None:
             draft_model.open(self.memory.num_blocks)

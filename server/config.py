@@ -79,6 +79,9 @@ class ServerConfig(BaseSettings):
     attention_backend: Literal["auto", "triton", "reference"] = Field(
         _ENGINE.attention_backend, description="auto: triton on a GPU, reference on a CPU (there triton is for tests)"
     )
+    deterministic: bool = Field(
+        _ENGINE.deterministic, description="not a bit depends on company or drafts; on a CPU the native kernels are so anyway"
+    )
     load_format: Literal["auto", "native", "transformers"] = Field(
         _ENGINE.load_format, description="transformers: run the model through transformers' own code"
     )

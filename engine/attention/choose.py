@@ -22,12 +22,19 @@ def make_attention(
     block_size: int,
     dtype: torch.dtype,
     window: int | None,
+    fixed_split: int = 0,
 ) -> AttentionBackend:
     """`name`: auto, triton or reference. On a CPU `auto` is the reference; triton, asked for by name, is interpreted there.
+
+    `fixed_split` (engine/deterministic.py) takes triton, whatever the device.
 
     Raises ValueError, fit for the command line, when triton was asked for and cannot serve these heads or is not installed.
     """
     shape = (num_heads, num_kv_heads, head_dim, block_size, dtype, window)
+    if fixed_split:
+        from engine.attention.triton import TritonAttention
+
+        return TritonAttention(*shape, fixed_split)
     if name == "reference" or (name == "auto" and device.type != "cuda"):
         return ReferenceAttention(*shape)
     if find_spec("triton") is None:

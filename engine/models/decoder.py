@@ -40,6 +40,12 @@ class DecoderLayer:
         self.gate_up = _fused(weights, ["mlp.gate_proj", "mlp.up_proj"])
         self.down = _fused(weights, ["mlp.down_proj"])
 
+    def fix_order(self) -> None:
+        """See Decoder.fix_order."""
+        norms = (self.input_norm, self.post_norm, self.q_norm, self.k_norm)
+        for part in (self.qkv, self.out, self.gate_up, self.down, *(norm for norm in norms if norm is not None)):
+            part.fix_order()
+
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [T, C] -> [T, C]; cos, sin [T, 1, D]."""
         rows, size = x.shape[0], self.head_dim
@@ -80,6 +86,16 @@ class Decoder:
             if layer.index in hidden_layers:
                 hidden[layer.index] = x
         return x, hidden
+
+    def fix_order(self) -> None:
+        """From now on no row's bits depend on how many rows share a call: products and norms in Triton, in one order of sums.
+
+        The rest works element by element; attention is the caller's.
+        """
+        for layer in self.layers:
+            layer.fix_order()
+        self.norm.fix_order()
+        self.head.linear.fix_order()
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states [R, C] -> float32 logits [R, V]."""

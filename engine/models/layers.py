@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.batch import padded_rows
+from kernels.interpreter import interpreted
 
 
 class Linear:
@@ -29,8 +32,18 @@ class Linear:
         self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None) if self.packed else weight
         self.doubled = self.in_features > self.MAX_SINGLE_ROW
+        self._fixed: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+
+    def fix_order(self) -> None:
+        """From now on kernels/linear.py multiplies: a row's bits are then the same whatever shares the call, on a GPU too."""
+        from kernels.linear import linear  # imports triton, which a CPU can do without
+
+        self.weight, self.packed, self._fixed = self.weight.to_dense() if self.packed else self.weight, False, linear
 
     def __call__(self, x: Tensor) -> Tensor:
+        if self._fixed is not None:
+            with _launching(x.device):
+                return self._fixed(x, self.weight, self.bias)
         if self.packed:
             if self.doubled and len(x) == 1:
                 return torch.ops.mkldnn._linear_pointwise(torch.cat((x, x)), self.weight, self.bias, "none", [], "")[:1]
@@ -44,7 +57,7 @@ class Linear:
                 x, addend = torch.cat((x, x)), torch.cat((addend, addend))
                 return torch.ops.mkldnn._linear_pointwise.binary(x, addend, self.weight, self.bias, "add")[:1]
             return torch.ops.mkldnn._linear_pointwise.binary(x, addend, self.weight, self.bias, "add")
-        return F.linear(x, self.weight, self.bias).add_(addend)
+        return self(x).add_(addend)
 
 
 class Head:
@@ -90,14 +103,30 @@ class RMSNorm:
         size = weight.shape[-1]
         self.weight = weight.float() * math.sqrt(size)
         self.floor = size * eps
+        self._given = weight, eps
+        self._fixed: Callable[[Tensor, Tensor, float], Tensor] | None = None
+
+    def fix_order(self) -> None:
+        """From now on kernels/norm.py sums: on a GPU torch's own sums depend on the number of rows."""
+        from kernels.norm import rms_norm  # imports triton, which a CPU can do without
+
+        self._fixed = rms_norm
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., C] in x's dtype."""
+        if self._fixed is not None:
+            with _launching(x.device):
+                return self._fixed(x, *self._given)
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, 2, -1, True).square_().add_(self.floor).sqrt_()
         if wide is x:
             return torch.div(x, norm).mul_(self.weight)
         return wide.div_(norm).mul_(self.weight).to(x.dtype)
+
+
+def _launching(device: torch.device) -> AbstractContextManager[None]:
+    """Where a Triton kernel is launched: on a CPU it is interpreted, which is for tests."""
+    return interpreted() if device.type == "cpu" else nullcontext()
 
 
 class RotaryTable:

@@ -74,6 +74,7 @@ def test_every_setting_of_the_engine_has_a_flag_that_reaches_it(name: str) -> No
         "policy": ["--policy", "off"],
         "profile": ["--no-profile"],
         "lossy": ["--lossy"],
+        "deterministic": ["--deterministic"],
         "load_format": ["--load-format", "native"],
         "cpu_kernels": ["--cpu-kernels", "torch"],
         "attention_backend": ["--attention-backend", "triton"],
