@@ -45,8 +45,12 @@ def fix_order(config: EngineConfig, shape: ModelConfig, model: Model | PagedMode
     """Make a model so whose configuration was checked. Returns the keys of a part of a context; 0: that is its own affair."""
     if not isinstance(model, Decoder):
         return 0
-    from kernels.tree_attention import FIXED_MULTIPLE, MOST_PARTS
-
     model.fix_order()
-    longest = TREE + (config.max_model_len or shape.max_position_embeddings)
-    return max(LEAST_PART, -(-longest // (MOST_PARTS * FIXED_MULTIPLE)) * FIXED_MULTIPLE)
+    return part_keys(config.max_model_len or shape.max_position_embeddings)
+
+
+def part_keys(longest: int) -> int:
+    """Keys of a part, so that contexts of up to `longest` tokens fit into as many parts as the attention kernel can merge."""
+    from kernels.tree_attention import FIXED_MULTIPLE, MOST_PARTS  # imports triton, which a CPU can do without
+
+    return max(LEAST_PART, -(-(longest + TREE) // (MOST_PARTS * FIXED_MULTIPLE)) * FIXED_MULTIPLE)

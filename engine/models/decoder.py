@@ -42,9 +42,11 @@ class DecoderLayer:
 
     def fix_order(self) -> None:
         """See Decoder.fix_order."""
-        norms = (self.input_norm, self.post_norm, self.q_norm, self.k_norm)
-        for part in (self.qkv, self.out, self.gate_up, self.down, *(norm for norm in norms if norm is not None)):
-            part.fix_order()
+        for linear in (self.qkv, self.out, self.gate_up, self.down):
+            linear.fix_order()
+        for norm in (self.input_norm, self.post_norm, self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.fix_order()
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         """x [T, C] -> [T, C]; cos, sin [T, 1, D]."""
