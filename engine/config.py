@@ -35,6 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     drafter_memory_bytes: int = 64 << 20  # most memory of each kind of shared drafter state
     num_threads: int | None = None  # None: all cores this process may use
     cpu_kernels: Literal["auto", "native", "torch"] = "auto"  # of bfloat16 models on a CPU; native: refuse to start without
+    cpu_weights: Literal["auto", "bfloat16"] = "auto"  # on native kernels, of four and eight bits: as they are, or unpacked
     attention_backend: Literal["auto", "triton", "reference"] = "auto"  # of models that bring none of their own
     deterministic: bool = False  # no bit of an answer depends on company or drafts (engine/deterministic.py)
     load_format: Literal["auto", "native", "transformers"] = "auto"  # transformers: force the fallback models

@@ -76,6 +76,9 @@ class ServerConfig(BaseSettings):
     cpu_kernels: Literal["auto", "native", "torch"] = Field(
         _ENGINE.cpu_kernels, description="of bfloat16 models on a CPU: native ones where they run, only those, or torch's"
     )
+    cpu_weights: Literal["auto", "bfloat16"] = Field(
+        _ENGINE.cpu_weights, description="four and eight bits of a GGUF file on native kernels: as they are, or unpacked at start"
+    )
     attention_backend: Literal["auto", "triton", "reference"] = Field(
         _ENGINE.attention_backend, description="auto: triton on a GPU, reference on a CPU (there triton is for tests)"
     )

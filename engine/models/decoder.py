@@ -20,6 +20,7 @@ from kernels.reference import rope_, silu_mul
 Attend = Callable[[int, Tensor, Tensor, float], Tensor]
 
 T = TypeVar("T")  # a layer in whatever form a decoder keeps it
+W = TypeVar("W")  # a tensor, or what stands for one
 
 
 class DecoderLayer:
@@ -118,15 +119,15 @@ class Decoder:
 
 
 def gather_layers(
-    config: ModelConfig, weights: Iterable[tuple[str, Tensor]], make: Callable[[int, ModelConfig, dict[str, Tensor]], T]
-) -> tuple[list[T], dict[str, Tensor]]:
+    config: ModelConfig, weights: Iterable[tuple[str, W]], make: Callable[[int, ModelConfig, dict[str, W]], T]
+) -> tuple[list[T], dict[str, W]]:
     """The layers, each made as soon as its last tensor has arrived, so that one plain copy is resident at a time; and the rest.
 
     Raises ValueError when a layer is incomplete.
     """
-    pending: dict[int, dict[str, Tensor]] = {}
+    pending: dict[int, dict[str, W]] = {}
     layers: dict[int, T] = {}
-    rest: dict[str, Tensor] = {}
+    rest: dict[str, W] = {}
     expected = _layer_tensors(config)
     for name, weight in weights:
         if not name.startswith("model.layers."):

@@ -9,7 +9,7 @@ import torch
 from engine.config import EngineConfig
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
-from engine.models.loader import iter_weights
+from engine.models.loader import iter_blocks, iter_weights
 from engine.models.native import NativeDecoder, unavailable
 from engine.models.runner import Model, PagedModel
 
@@ -28,7 +28,8 @@ def load_model(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, dev
     if config.cpu_kernels != "torch":
         why = unavailable(model, dtype, device)
         if why is None:
-            return NativeDecoder(model, iter_weights(config.model, model), config.block_size)
+            read = iter_weights if config.cpu_weights == "bfloat16" else iter_blocks
+            return NativeDecoder(model, read(config.model, model), config.block_size)
         if config.cpu_kernels == "native":
             raise ValueError(f"cpu_kernels: the native kernels cannot run this model here: {why}")
         if device.type == "cpu" and dtype == torch.bfloat16:

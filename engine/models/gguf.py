@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.gguf_file import GGUFFile, GGUFTensor
 from engine.models.config import MAX_LAYERS, ModelConfig, check_shape
 from engine.models.dequant import dequantize
+from engine.models.quantized import BLOCK_TYPES, Blocks
 from engine.models.shapes import expected_shapes
 
 _ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -113,6 +114,29 @@ def iter_gguf(file: GGUFFile, config: ModelConfig, dtype: torch.dtype = torch.bf
 
     All names and shapes are checked before the first tensor is read. Raises ValueError naming file and tensor.
     """
+    for name, tensor, heads in _wanted(file, config):
+        weight = _dequantized(file, tensor, dtype)
+        yield name, weight if heads is None else _to_halves(weight, heads)
+
+
+def iter_gguf_blocks(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, Tensor | Blocks]]:
+    """As `iter_gguf` in bfloat16, but matrices of BLOCK_TYPES as they are stored: views of the file, or permuted copies."""
+    for name, tensor, heads in _wanted(file, config):
+        if tensor.type_name not in BLOCK_TYPES or len(tensor.shape) != 2:
+            weight = _dequantized(file, tensor, torch.bfloat16)
+            yield name, weight if heads is None else _to_halves(weight, heads)
+            continue
+        raw = file.data(tensor).reshape(tensor.shape[0], -1)
+        if heads is not None:
+            raw = raw.reshape(heads, len(raw) // heads // 2, 2, -1).swapaxes(1, 2).reshape(raw.shape)
+        yield name, Blocks(raw, tensor.type)
+
+
+def _wanted(file: GGUFFile, config: ModelConfig) -> list[tuple[str, GGUFTensor, int | None]]:
+    """Every tensor with its Hugging Face name and, where its rows are rotary pairs, the number of heads.
+
+    Raises ValueError when one is foreign, missing or of the wrong shape.
+    """
     found: list[tuple[str, GGUFTensor]] = []
     missing = expected_shapes(config)
     for tensor in file.tensors:
@@ -128,13 +152,14 @@ def iter_gguf(file: GGUFFile, config: ModelConfig, dtype: torch.dtype = torch.bf
     if missing:
         raise ValueError(f"{file.path.name}: tensor {next(iter(missing))} is missing ({len(missing)} in all)")
     rotary = {"q_proj": config.num_heads, "k_proj": config.num_kv_heads} if config.architecture == "llama" else {}
-    for name, tensor in found:
-        try:
-            weight = dequantize(file.data(tensor), tensor.type, tensor.shape, dtype)
-        except ValueError as error:
-            raise ValueError(f"{file.path.name}: tensor {tensor.name}: {error}") from None
-        heads = rotary.get(name.split(".")[-2])
-        yield name, weight if heads is None else _to_halves(weight, heads)
+    return [(name, tensor, rotary.get(name.split(".")[-2])) for name, tensor in found]
+
+
+def _dequantized(file: GGUFFile, tensor: GGUFTensor, dtype: torch.dtype) -> Tensor:
+    try:
+        return dequantize(file.data(tensor), tensor.type, tensor.shape, dtype)
+    except ValueError as error:
+        raise ValueError(f"{file.path.name}: tensor {tensor.name}: {error}") from None
 
 
 def _to_halves(weight: Tensor, heads: int) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from engine.gguf_file import GGUFFile
 from engine.models.config import ModelConfig, is_native
-from engine.models.gguf import gguf_config, iter_gguf
+from engine.models.gguf import gguf_config, iter_gguf, iter_gguf_blocks
+from engine.models.quantized import Blocks
 from engine.models.shapes import expected_shapes
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -56,6 +57,16 @@ def iter_weights(path: str, config: ModelConfig, dtype: torch.dtype = torch.bflo
     else:
         with _open_gguf(place) as file:
             yield from iter_gguf(file, config, dtype)
+
+
+def iter_blocks(path: str, config: ModelConfig) -> Iterator[tuple[str, Tensor | Blocks]]:
+    """As `iter_weights`, but a GGUF file's matrices in the block types that kernels multiply with stay as they are."""
+    place = Path(path)
+    if config.unsupported or place.is_dir():
+        yield from iter_weights(path, config)
+    else:
+        with _open_gguf(place) as file:
+            yield from iter_gguf_blocks(file, config)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from engine.kv import KVCache
 from engine.models.batch import ForwardBatch
 from engine.models.config import ModelConfig
 from engine.models.decoder import gather_layers, rotary_frequencies
+from engine.models.quantized import Blocks
 from engine.peaks import attach
 from kernels.cpu import native
 from kernels.cpu.build import Unavailable, library
@@ -53,12 +54,14 @@ def unavailable(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
 
 
 class NativeDecoder:
-    """Same checkpoints as `Decoder`. Raises ValueError when a weight is missing."""
+    """Same checkpoints as `Decoder`. Raises ValueError when a weight is missing.
 
-    def __init__(self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]], block_size: int) -> None:
+    What comes as blocks stays four or eight bits wide, and gives the bits that its bf16 values give.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Iterable[tuple[str, Tensor | Blocks]], block_size: int) -> None:
         self.config = config
-        self.weight_bytes = 0
-        layers, rest = gather_layers(config, self._counted(weights), _pack_layer)
+        layers, rest = gather_layers(config, weights, _pack_layer)
         embedding, head = rest["model.embed_tokens.weight"], rest.get("lm_head.weight")
         inv_freq, scaling = rotary_frequencies(config)
         angles = torch.outer(torch.arange(config.max_position_embeddings, dtype=torch.float32), inv_freq.float())
@@ -66,13 +69,14 @@ class NativeDecoder:
             threads=native.Threads(torch.get_num_threads()),
             shape=shape_of(config, block_size),
             layers=layers,
-            norm=rest["model.norm.weight"].float(),
+            norm=_vector(rest["model.norm.weight"]),
             # A tied embedding is read out of the head's panels: one copy.
-            head=native.pack(embedding if head is None else head),
-            embedding=None if head is None else embedding.contiguous(),
+            head=_pack([embedding if head is None else head]),
+            embedding=None if head is None else _plain(embedding).contiguous(),
             cos=angles.cos().mul_(scaling),
             sin=angles.sin().mul_(scaling),
         )
+        self.weight_bytes = self.kernels.nbytes
         self._kept = self._kept_peaks = torch.empty(0, config.vocab_size)
 
     def step(self, batch: ForwardBatch, kv: KVCache, hidden_layers: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
@@ -108,19 +112,13 @@ class NativeDecoder:
         vocab = self.config.vocab_size
         return torch.empty(rows, vocab), torch.empty(rows, native.panels(vocab))
 
-    def _counted(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        for name, tensor in weights:
-            weight = tensor.to(torch.bfloat16)
-            self.weight_bytes += weight.numel() * weight.dtype.itemsize
-            yield name, weight
 
-
-def _pack_layer(index: int, config: ModelConfig, weights: dict[str, Tensor]) -> native.LayerWeights:
+def _pack_layer(index: int, config: ModelConfig, weights: dict[str, Tensor | Blocks]) -> native.LayerWeights:
     def optional(name: str) -> Tensor | None:
-        return weights[name].float() if name in weights else None
+        return _vector(weights[name]) if name in weights else None
 
     def biases(*names: str) -> Tensor | None:
-        found = [weights[f"{name}.bias"] for name in names if f"{name}.bias" in weights]
+        found = [_vector(weights[f"{name}.bias"]) for name in names if f"{name}.bias" in weights]
         if found and len(found) != len(names):
             raise ValueError(f"only some of {names} have a bias")
         return native.pad_bias(torch.cat(found)) if found else None
@@ -130,19 +128,36 @@ def _pack_layer(index: int, config: ModelConfig, weights: dict[str, Tensor]) -> 
     if gate_up_bias is not None:  # in the panels' order: 16 gates, their 16 ups
         gate_up_bias = gate_up_bias.view(2, -1, 16).transpose(0, 1).reshape(-1).contiguous()
     return native.LayerWeights(
-        input_norm=weights["input_layernorm.weight"].float(),
-        post_norm=weights["post_attention_layernorm.weight"].float(),
+        input_norm=_vector(weights["input_layernorm.weight"]),
+        post_norm=_vector(weights["post_attention_layernorm.weight"]),
         q_norm=optional("self_attn.q_norm.weight"),
         k_norm=optional("self_attn.k_norm.weight"),
-        qkv=native.pack(torch.cat([weights[f"{name}.weight"] for name in qkv])),
-        out=native.pack(weights["self_attn.o_proj.weight"]),
-        gate_up=native.pack(weights["mlp.gate_proj.weight"], weights["mlp.up_proj.weight"]),
-        down=native.pack(weights["mlp.down_proj.weight"]),
+        qkv=_pack([weights[f"{name}.weight"] for name in qkv]),
+        out=_pack([weights["self_attn.o_proj.weight"]]),
+        gate_up=_pack([weights["mlp.gate_proj.weight"]], weights["mlp.up_proj.weight"]),
+        down=_pack([weights["mlp.down_proj.weight"]]),
         qkv_bias=biases(*qkv),
         out_bias=biases("self_attn.o_proj"),
         gate_up_bias=gate_up_bias,
         down_bias=biases("mlp.down_proj"),
     )
+
+
+def _pack(parts: list[Tensor | Blocks], beside: Tensor | Blocks | None = None) -> native.Panels:
+    """The rows of all parts, and every 16 of them beside 16 of another's; in blocks where all are of one type."""
+    blocks = [part for part in (*parts, beside) if isinstance(part, Blocks)]
+    if len(blocks) == len(parts) + (beside is not None) and len({part.type for part in blocks}) == 1:
+        main = np.concatenate([part.raw for part in blocks[: len(parts)]]) if len(parts) > 1 else blocks[0].raw
+        return native.pack_blocks(native.Kind[blocks[0].type_name], main, None if beside is None else blocks[-1].raw)
+    return native.pack(torch.cat([_plain(part) for part in parts]), None if beside is None else _plain(beside))
+
+
+def _plain(weight: Tensor | Blocks) -> Tensor:
+    return weight.dequantize() if isinstance(weight, Blocks) else weight.to(torch.bfloat16)
+
+
+def _vector(weight: Tensor | Blocks) -> Tensor:
+    return _plain(weight).float()
 
 
 def _rows(batch: ForwardBatch) -> native.Rows:

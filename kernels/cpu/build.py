@@ -12,11 +12,11 @@ from functools import cache
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SOURCES = ("team.h", "vector.h", "linear.h", "attention.h", "top.h", "decoder.c")
-NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma"}
+SOURCES = ("team.h", "vector.h", "blocks.h", "linear.h", "attention.h", "top.h", "decoder.c")
+NEEDED = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "bmi2"}
 FLAGS = (
     *("-O3", "-std=gnu11", "-fPIC", "-shared", "-pthread"),
-    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mavx2"),
+    *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mfma", "-mavx2", "-mbmi2"),
     # Rounding must not depend on what the compiler finds worth contracting.
     "-ffp-contract=off",
 )

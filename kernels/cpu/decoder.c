@@ -11,7 +11,7 @@
 typedef struct {
     const float *input_norm, *post_norm; /* [C] */
     const float *q_norm, *k_norm; /* [D] or NULL */
-    const bf16 *qkv, *out, *gate_up, *down; /* packed; gate_up in panels of 16 gates and their 16 ups */
+    Weight qkv, out, gate_up, down; /* packed; gate_up in panels of 16 gates and their 16 ups */
     const float *qkv_bias, *out_bias, *gate_up_bias, *down_bias; /* or NULL */
 } Layer;
 
@@ -19,7 +19,7 @@ typedef struct {
     int hidden, heads, kv_heads, size, inner, vocab;
     float eps;
     const float *cos, *sin; /* [positions, D / 2] */
-    const bf16 *head; /* packed [vocab, hidden] */
+    Weight head; /* packed [vocab, hidden] */
     const bf16 *embedding; /* [vocab, hidden] row by row, or NULL: read from the head's panels */
     const float *norm; /* [C] */
     int window, block;
@@ -86,12 +86,7 @@ static void embed_row(const Model *m, int token, float *x) {
         for (int i = 0; i < m->hidden; i += 16) _mm512_storeu_ps(x + i, load_bf16(row + i));
         return;
     }
-    const uint32_t *panel = (const uint32_t *)(m->head + (long)(token / PANEL) * PANEL * m->hidden) + token % PANEL;
-    for (int k = 0; k < m->hidden / 2; k++) {
-        uint32_t pair = panel[(long)k * PANEL], low = pair << 16, high = pair & 0xffff0000u;
-        memcpy(x + 2 * k, &low, 4);
-        memcpy(x + 2 * k + 1, &high, 4);
-    }
+    unpack_row(&m->head, token, m->hidden, x);
 }
 
 /* The job in hand lies in the context: a late member may still look at one that is over. */
@@ -130,6 +125,8 @@ struct Context {
     float *qkv;
     bf16 *normed, *query, *attended, *inner;
     Scratch *scratch; /* one for each member */
+    bf16 *panels; /* of the widest packed weight, one for each member */
+    long panel_inputs; /* that they hold */
     Model model; /* a copy: what a late member reads of a model that may be gone */
     Forward forward;
     Logits logits;
@@ -191,18 +188,30 @@ static void forward_job(Place *place, void *argument) {
         const Layer layer = f->layers[i];
         const Attention a = {f->kv + i * f->kv_stride, m->heads, m->kv_heads, m->size, m->block, m->window, m->scale};
         norm_phase(place, c, layer.input_norm);
-        linear_phase(place, &(Linear){c->normed, layer.qkv, layer.qkv_bias, c->qkv, STORE, T, width, m->hidden});
+        linear_phase(place, &(Linear){c->normed, layer.qkv, layer.qkv_bias, c->qkv, STORE, T, width, m->hidden, c->panels});
         EACH_ROW(place, T, row) place_row(m, &a, &layer, f->batch, c->qkv, c->query, row);
         team_next(place, T);
         attend_phase(place, c, &a);
-        linear_phase(place, &(Linear){c->attended, layer.out, layer.out_bias, f->x, ADD, T, m->hidden, m->heads * m->size});
+        linear_phase(place, &(Linear){c->attended, layer.out, layer.out_bias, f->x, ADD, T, m->hidden, m->heads * m->size, c->panels});
         norm_phase(place, c, layer.post_norm);
-        linear_phase(place, &(Linear){c->normed, layer.gate_up, layer.gate_up_bias, c->inner, SILU_MUL, T, 2 * m->inner, m->hidden});
-        linear_phase(place, &(Linear){c->inner, layer.down, layer.down_bias, f->x, ADD, T, m->hidden, m->inner});
+        linear_phase(place, &(Linear){c->normed, layer.gate_up, layer.gate_up_bias, c->inner, SILU_MUL, T, 2 * m->inner, m->hidden, c->panels});
+        linear_phase(place, &(Linear){c->inner, layer.down, layer.down_bias, f->x, ADD, T, m->hidden, m->inner, c->panels});
     }
 }
 
+static int reserve_panels(Context *c, long inputs) {
+    if (inputs <= c->panel_inputs) return 0;
+    free(c->panels);
+    c->panel_inputs = 0;
+    c->panels = aligned_alloc(64, sizeof(bf16) * PANEL * inputs * c->team->size);
+    if (!c->panels) return -1;
+    c->panel_inputs = inputs;
+    return 0;
+}
+
 static int reserve(Context *c, const Model *m, int rows) {
+    const int heads_width = m->heads * m->size, narrow_width = m->hidden > heads_width ? m->hidden : heads_width;
+    if (reserve_panels(c, narrow_width > m->inner ? narrow_width : m->inner)) return -1;
     if (rows <= c->capacity) return 0;
     rows = (rows + 63) / 64 * 64;
     free(c->qkv);
@@ -237,6 +246,7 @@ Context *outrider_context(int threads) {
 void outrider_context_free(Context *c) {
     team_free(c->team);
     free(c->scratch);
+    free(c->panels);
     free(c->qkv);
     free(c->normed);
     free(c->query);
@@ -275,7 +285,7 @@ static void logits_job(Place *place, void *argument) {
     const int count = l->count;
     EACH_ROW(place, count, row) norm_row(l->x + l->rows[row] * m->hidden, m->norm, c->normed + (long)row * m->hidden, m->hidden, m->eps);
     team_next(place, count);
-    linear_phase(place, &(Linear){c->normed, m->head, NULL, l->logits, STORE, count, m->vocab, m->hidden, l->peaks});
+    linear_phase(place, &(Linear){c->normed, m->head, NULL, l->logits, STORE, count, m->vocab, m->hidden, c->panels, l->peaks});
 }
 
 /* logits [count, V] float of rows [count] of x [., C], and the largest of each panel of them. */
@@ -325,9 +335,12 @@ void outrider_pack(const bf16 *weight, const bf16 *other, bf16 *panels, int N, i
 /* The parts, for tests against their twins. */
 static void linear_job(Place *place, void *argument) { linear_phase(place, &((Context *)argument)->linear); }
 
-void outrider_linear(Context *c, const bf16 *x, const bf16 *w, const float *bias, void *out, int sink, int M, int N, int K) {
-    c->linear = (Linear){x, w, bias, out, (Sink)sink, M, N, K, NULL};
+/* -1: out of memory. */
+int outrider_linear(Context *c, const bf16 *x, const Weight *w, const float *bias, void *out, int sink, int M, int N, int K) {
+    if (reserve_panels(c, K)) return -1;
+    c->linear = (Linear){x, *w, bias, out, (Sink)sink, M, N, K, c->panels, NULL};
     team_run(c->team, linear_job, c);
+    return 0;
 }
 
 static void attend_job(Place *place, void *argument) {

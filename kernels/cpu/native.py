@@ -18,11 +18,29 @@ from torch import Tensor
 from kernels.cpu.build import library
 
 PANEL, MOST_TOP = 32, 64
-LAYER_FIELDS = (
-    *("input_norm", "post_norm", "q_norm", "k_norm"),
-    *("qkv", "out", "gate_up", "down"),
-    *("qkv_bias", "out_bias", "gate_up_bias", "down_bias"),
-)
+BLOCK = 32  # inputs that share a scale
+NORMS = ("input_norm", "post_norm", "q_norm", "k_norm")
+LINEARS = ("qkv", "out", "gate_up", "down")
+BIASES = ("qkv_bias", "out_bias", "gate_up_bias", "down_bias")
+
+
+class Kind(IntEnum):
+    """What a packed weight's numbers are: bf16, or the 32-input blocks of GGUF's types of these names."""
+
+    BF16 = 0
+    Q4_0 = 1
+    Q4_1 = 2
+    Q8_0 = 3
+
+    @property
+    def block_bytes(self) -> int:
+        """Of 32 inputs of one output, in a file."""
+        return {Kind.BF16: 64, Kind.Q4_0: 18, Kind.Q4_1: 20, Kind.Q8_0: 34}[self]
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of 32 inputs of one output, in panels."""
+        return 20 if self is Kind.Q4_0 else self.block_bytes
 
 
 class Sink(IntEnum):
@@ -61,8 +79,16 @@ class _Attention(Structure):
     )
 
 
+class _Weight(Structure):
+    _fields_ = (("data", c_void_p), ("kind", c_int64))
+
+
 class _Layer(Structure):
-    _fields_ = tuple((name, c_void_p) for name in LAYER_FIELDS)
+    _fields_ = (
+        *((name, c_void_p) for name in NORMS),
+        *((name, _Weight) for name in LINEARS),
+        *((name, c_void_p) for name in BIASES),
+    )
 
 
 class _Model(Structure):
@@ -76,13 +102,24 @@ class _Model(Structure):
         ("eps", c_float),
         ("cos", c_void_p),
         ("sin", c_void_p),
-        ("head", c_void_p),
+        ("head", _Weight),
         ("embedding", c_void_p),
         ("norm", c_void_p),
         ("window", c_int),
         ("block", c_int),
         ("scale", c_float),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Panels:
+    """A weight [N, K] in panels of 32 outputs. data: bf16 [N padded, K], or uint8 [N padded, bytes of K inputs] (blocks.h)."""
+
+    data: Tensor
+    kind: Kind
+
+    def struct(self) -> _Weight:
+        return _Weight(self.data.data_ptr(), int(self.kind))
 
 
 @dataclass(slots=True)
@@ -121,11 +158,11 @@ class Threads:
             self.lib.outrider_context_free(self.handle)
             self.handle = None
 
-    def linear(self, x: Tensor, weight: Tensor, size: int, bias: Tensor | None, sink: Sink, out: Tensor) -> None:
+    def linear(self, x: Tensor, weight: Panels, size: int, bias: Tensor | None, sink: Sink, out: Tensor) -> None:
         """x [M, K] times a packed weight of `size` outputs; out float32 [M, N], or bf16 [M, N / 2] for SILU_MUL."""
-        self.lib.outrider_linear(
-            self.handle, x.data_ptr(), weight.data_ptr(), _pointer(bias), out.data_ptr(), int(sink), len(x), size, x.shape[1]
-        )
+        sizes, weights = (len(x), size, x.shape[1]), byref(weight.struct())
+        if self.lib.outrider_linear(self.handle, x.data_ptr(), weights, _pointer(bias), out.data_ptr(), int(sink), *sizes):
+            raise MemoryError(f"no memory for a panel of {x.shape[1]} inputs")
 
     def attention(self, q: Tensor, kv: Tensor, rows: Rows, scale: float, window: int | None = None) -> Tensor:
         """q [T, H, D] rotated, kv [blocks, 2, K, block size, D] with the rows' own keys in it -> [T, H, D]."""
@@ -136,7 +173,7 @@ class Threads:
         return out
 
 
-def pack(weight: Tensor, other: Tensor | None = None) -> Tensor:
+def pack(weight: Tensor, other: Tensor | None = None) -> Panels:
     """weight [N, K] bf16 in panels of 32 outputs; with `other` [N, K]: panels of 16 rows of each (gate and up). K even."""
     size, inner = weight.shape
     height = 2 * size if other is not None else size
@@ -144,7 +181,24 @@ def pack(weight: Tensor, other: Tensor | None = None) -> Tensor:
     weight = weight.contiguous()
     other = other.contiguous() if other is not None else None
     _library().outrider_pack(weight.data_ptr(), _pointer(other), panels.data_ptr(), size, inner)
-    return panels
+    return Panels(panels, Kind.BF16)
+
+
+def pack_blocks(kind: Kind, weight: NDArray[np.uint8], other: NDArray[np.uint8] | None = None) -> Panels:
+    """As `pack`, of a file's blocks: weight [N, K / 32 * block bytes], C-contiguous.
+
+    Raises ValueError for rows that are not whole blocks, or two weights of unequal shapes.
+    """
+    size, width = weight.shape
+    inner, rest = divmod(width, kind.block_bytes)
+    if kind is Kind.BF16 or rest or (other is not None and other.shape != weight.shape):
+        raise ValueError(f"rows of {width} bytes are no {kind.name} blocks, or not as many as the other weight's")
+    weight, other = np.ascontiguousarray(weight), None if other is None else np.ascontiguousarray(other)
+    height = 2 * size if other is not None else size
+    panels = torch.empty(-(-height // PANEL) * PANEL, inner * kind.packed_bytes, dtype=torch.uint8)
+    beside = None if other is None else other.ctypes.data
+    _library().outrider_pack_blocks(weight.ctypes.data, beside, panels.data_ptr(), int(kind), size, inner * BLOCK)
+    return Panels(panels, kind)
 
 
 def pad_bias(bias: Tensor) -> Tensor:
@@ -160,10 +214,10 @@ class LayerWeights:
 
     input_norm: Tensor
     post_norm: Tensor
-    qkv: Tensor
-    out: Tensor
-    gate_up: Tensor
-    down: Tensor
+    qkv: Panels
+    out: Panels
+    gate_up: Panels
+    down: Panels
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
     qkv_bias: Tensor | None = None
@@ -172,7 +226,17 @@ class LayerWeights:
     down_bias: Tensor | None = None
 
     def struct(self) -> _Layer:
-        return _Layer(*(_pointer(getattr(self, name)) for name in LAYER_FIELDS))
+        return _Layer(
+            *(_pointer(getattr(self, name)) for name in NORMS),
+            *(getattr(self, name).struct() for name in LINEARS),
+            *(_pointer(getattr(self, name)) for name in BIASES),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        vectors = (getattr(self, name) for name in (*NORMS, *BIASES))
+        linears = sum(getattr(self, name).data.nbytes for name in LINEARS)
+        return linears + sum(vector.nbytes for vector in vectors if vector is not None)
 
 
 @dataclass(slots=True)
@@ -208,7 +272,7 @@ class Decoder:
     shape: Shape
     layers: list[LayerWeights]
     norm: Tensor
-    head: Tensor
+    head: Panels
     embedding: Tensor | None
     cos: Tensor
     sin: Tensor
@@ -218,9 +282,15 @@ class Decoder:
     def __post_init__(self) -> None:
         s = self.shape
         self._layers = (_Layer * len(self.layers))(*(layer.struct() for layer in self.layers))
-        pointers = (_pointer(t) for t in (self.cos, self.sin, self.head, self.embedding, self.norm))
+        pointers = (_pointer(self.cos), _pointer(self.sin), self.head.struct(), _pointer(self.embedding), _pointer(self.norm))
         sizes = (s.hidden, s.heads, s.kv_heads, s.size, s.inner, s.vocab)
         self._model = _Model(*sizes, s.eps, *pointers, s.window, s.block, s.scale)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all weights as they are held."""
+        rest = self.head.data.nbytes + self.norm.nbytes + (0 if self.embedding is None else self.embedding.nbytes)
+        return rest + sum(layer.nbytes for layer in self.layers)
 
     def forward(self, rows: Rows, kv: Tensor, x: Tensor | None = None, begin: int = 0, end: int | None = None) -> Tensor:
         """Layers begin ... end of a step; kv [layers, blocks, 2, K, block size, D] is written.
@@ -288,10 +358,11 @@ def _library() -> ctypes.CDLL:
         lib.outrider_move.argtypes = [c_void_p, c_int, c_int64, c_int, c_int, c_int, c_void_p, c_int]
         lib.outrider_move.restype = None
         lib.outrider_pack.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_int]
-        lib.outrider_linear.argtypes = [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int]
+        lib.outrider_pack_blocks.argtypes = [c_void_p, c_void_p, c_void_p, c_int, c_int, c_int]
+        lib.outrider_pack_blocks.restype = None
+        lib.outrider_linear.argtypes = [c_void_p, c_void_p, POINTER(_Weight), c_void_p, c_void_p, c_int, c_int, c_int, c_int]
         lib.outrider_attention.argtypes = [c_void_p, POINTER(_Attention), batch, c_void_p, c_void_p]
         lib.outrider_pack.restype = None
-        lib.outrider_linear.restype = None
         lib.outrider_attention.restype = None
         lib.outrider_context_free.restype = None
     return lib

@@ -77,6 +77,7 @@ def test_every_setting_of_the_engine_has_a_flag_that_reaches_it(name: str) -> No
         "deterministic": ["--deterministic"],
         "load_format": ["--load-format", "native"],
         "cpu_kernels": ["--cpu-kernels", "torch"],
+        "cpu_weights": ["--cpu-weights", "bfloat16"],
         "attention_backend": ["--attention-backend", "triton"],
     }.get(name, [flag(name), "7"])
     if name == "tensor_parallel_size":

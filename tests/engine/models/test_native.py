@@ -40,10 +40,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def runner(folder: Path, kernels: str, dtype: torch.dtype = torch.bfloat16) -> ModelRunner:
+def runner(
+    folder: Path, kernels: str, dtype: torch.dtype = torch.bfloat16, weights: str = "auto", blocks: int = 64
+) -> ModelRunner:
     config = load_config(str(folder))
-    model = load_model(EngineConfig(model=str(folder), cpu_kernels=kernels, block_size=BLOCK), config, dtype, CPU)  # type: ignore[arg-type]
-    kv = KVCache(config.num_layers, 64, config.num_kv_heads, BLOCK, config.head_dim, dtype, CPU)
+    options: Any = {"cpu_kernels": kernels, "cpu_weights": weights, "block_size": BLOCK}
+    model = load_model(EngineConfig(model=str(folder), **options), config, dtype, CPU)
+    kv = KVCache(config.num_layers, blocks, config.num_kv_heads, BLOCK, config.head_dim, dtype, CPU)
     shape = (config.num_heads, config.num_kv_heads, config.head_dim, BLOCK, dtype, config.sliding_window)
     return ModelRunner(model, kv, ReferenceAttention(*shape))
 
