@@ -16,8 +16,10 @@ from engine.logprobs import token_logprobs
 from engine.memory import MemoryPlan, plan_memory
 from engine.messages import EngineInfo, TokenLogprobs
 from engine.models.batch import ForwardBatch
+from engine.models.config import ModelConfig
 from engine.models.factory import load_model
 from engine.models.loader import load_config
+from engine.models.runner import Model, PagedModel
 from engine.peaks import top
 from engine.plan import Row, RowResult, StepPlan, StepResult, StepTimes
 from engine.protocols import CatchesUp, Choice, Load, Observed, Policy
@@ -46,7 +48,7 @@ class Worker:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
         torch.set_grad_enabled(False)
-        self.model_config = load_config(config.model)
+        self.model_config = self._load_config()
         dtype = _dtype(config.dtype, self.model_config.dtype)
         eos_ids = frozenset(self.model_config.eos_token_ids)
         if config.deterministic:
@@ -56,7 +58,7 @@ class Worker:
         offers = registry.drafter_offers(config, self.model_config.vocab_size, eos_ids, draft_model, self.successors)
         drafters = [registry.make_drafter(name, offers) for name in config.drafters]
         self.verification = Verification(config, drafters)
-        model = load_model(config, self.model_config, dtype, self.device)
+        model = self._load_model(dtype)
         fixed_split = deterministic.fix_order(config, self.model_config, model) if config.deterministic else 0
         depth_seconds: dict[str, float] = {}
         if draft_model is not None:
@@ -105,6 +107,12 @@ class Worker:
             max_budget=config.max_budget if config.policy == "goodput" else config.budget,
             prediction_drafters=[d.name for d in drafters if getattr(d, "reports_prediction", False)],
         )
+
+    def _load_config(self) -> ModelConfig:
+        return load_config(self.config.model)
+
+    def _load_model(self, dtype: torch.dtype) -> Model | PagedModel:
+        return load_model(self.config, self.model_config, dtype, self.device)
 
     def _draft_model(self, dtype: torch.dtype) -> DraftRunner | None:
         """The second model, not loaded yet. Raises ValueError when it is given and nobody asks for one."""
