@@ -3,11 +3,15 @@
 For every batch size, context and number of draft nodes: the median milliseconds of draft, forward, target law, verify and
 commit, and of the loop around them (schedule, commit to the sequences, token deltas). The drafts are wrong on purpose
 (`--drafters filler`): a step has the same shape each time. `all/none accepted` bound what real drafts of that length give.
+
+`--shape llama-3.1-8b` instead of MODEL takes that shape with random weights and made-up contexts, for a machine without files:
+`python -m bench.step --shape llama-3.1-8b --batch 1,8,32,256 --nodes 0,4,8,16,64 --context 128,4096,32768 --seconds 540`.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import sys
 import time
@@ -15,19 +19,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import msgspec
+import numpy as np
 import torch
 
 from bench.arithmetic import median
+from bench.device_clock import describe
 from bench.prompts import load
 from bench.serve import append, numbers_list
+from bench.shaped_worker import Direct, ShapedWorker, wait_for_device
+from bench.shapes import SHAPES
 from bench.summary import markdown
 from engine import registry
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.executors.local import LocalExecutor
+from engine.messages import EngineInfo
 from engine.plan import StepPlan, StepResult, StepTimes
 from engine.protocols import Executor, Policy
 from engine.request import Request, SamplingParams
+from engine.worker import Worker
 from server.tokenizer import Tokenizer
 
 PARTS = [part.name for part in msgspec.structs.fields(StepTimes)]
@@ -39,6 +48,12 @@ class Shape:
     batch: int
     context: int
     nodes: int
+
+    def fits(self, info: EngineInfo, steps: int) -> bool:
+        """Whether all sequences keep their blocks through `steps` steps that mostly accept nothing."""
+        longest = self.context + 1 + steps + WARMUP + self.nodes
+        blocks = self.batch * (-(-longest // info.block_size) + 1)
+        return longest < info.max_model_len and blocks <= info.num_blocks and self.batch <= info.max_num_seqs
 
 
 @dataclass(slots=True)
@@ -129,6 +144,11 @@ def texts(tokenizer: Tokenizer, batch: int, length: int) -> list[list[int]]:
     return [ids[97 * i : 97 * i + length] for i in range(batch)]
 
 
+def made_up(vocab_size: int, batch: int, length: int) -> list[list[int]]:
+    """`batch` prompts of `length` random tokens; the same ones each time."""
+    return np.random.default_rng(0).integers(vocab_size, size=(batch, length)).tolist()
+
+
 def row(shape: Shape, timing: Timing) -> list[str]:
     medians = timing.medians()
     wall = medians["step"]
@@ -158,55 +178,105 @@ HEADING = [
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.step", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("model", help="Hugging Face directory or GGUF file")
+    add("model", nargs="?", help="Hugging Face directory or GGUF file")
+    add("--shape", choices=sorted(SHAPES), help="instead of a model: random weights of this shape")
+    add("--prefill", action="store_true", help="with --shape: really feed the prompts")
     add("--batch", type=numbers_list(int), default=[1, 4, 16, 32], metavar="N,N", help="sequences per step")
     add("--nodes", type=numbers_list(int), default=[0, 4, 8], metavar="N,N", help="draft nodes per sequence")
     add("--context", type=numbers_list(int), default=[128, 512], metavar="N,N", help="prompt tokens")
     add("--steps", type=int, default=40, help="decoding steps counted per shape")
     add("--drafters", default="filler", help="filler (always wrong, always full), or a comma list of the server's own")
     add("--dtype", default="auto")
+    add("--device", default="auto")
+    add("--deterministic", action="store_true", help="as the server's flag: what it costs")
+    add("--synchronize", action="store_true", help="wait for the GPU after each part, which gives each its own time")
     add("--threads", type=int, help="default: all cores")
     add("--load-format", default="auto", choices=["auto", "native", "transformers"])
     add("--profile", action="store_true", help="torch's profiler on the last shape of each number of nodes")
+    add("--seconds", type=float, help="no shape is begun after so many")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    tokenizer = Tokenizer.load(options.model)
-    rows, records = [HEADING], []
+    started = time.monotonic()
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if (options.model is None) == (options.shape is None):
+        parser.error("one of MODEL and --shape is needed")
+    prompts_of = _prompts(options)
+    rows, records, left_out = [HEADING], [], []
     for nodes in options.nodes:
         with registry.lent("drafter", "filler", "bench.filler:FillerDrafter"):
             executor, engine = _engine(options, nodes)
+        info, prompts = executor.info, []
         for context, batch in itertools.product(options.context, options.batch):
             shape = Shape(batch, context, nodes)
-            prompts = texts(tokenizer, batch, context)
+            if not shape.fits(info, options.steps) or (options.seconds and time.monotonic() - started > options.seconds):
+                left_out.append(shape)
+                continue
+            prompts = prompts_of(batch, context)
             timing = measure(engine, executor, prompts, options.steps)
+            if options.shape and not options.prefill:
+                timing.prefill_seconds = 0.0  # nothing was fed
             rows.append(row(shape, timing))
             records.append(asdict(shape) | timing.medians())
-        if options.profile:
+        if options.profile and prompts:
             print(profile(engine, executor, prompts, options.steps))
         engine.close()
+        del engine, executor
+        _release()
     print(markdown(rows))
-    print(f"record: {append('step', {'settings': vars(options), 'model': executor.info.model, 'shapes': records})}")
+    for shape in left_out:
+        print(
+            f"not measured: batch {shape.batch}, context {shape.context}, nodes {shape.nodes} (no room in the cache, or no time)"
+        )
+    about = describe(torch.device(info.device)) if info.device.startswith("cuda") else {}
+    print(f"{info.model} in {info.dtype} on {info.device}, {info.backend}" + "".join(f", {value}" for value in about.values()))
+    record = {"settings": vars(options), "model": info.model, "backend": info.backend, **about, "shapes": records}
+    print(f"record: {append('step', record)}")
     return 0
+
+
+def _prompts(options: argparse.Namespace) -> Callable[[int, int], list[list[int]]]:
+    """`batch` prompts of so many tokens."""
+    if options.shape:
+        return lambda batch, length: made_up(SHAPES[options.shape].vocab_size, batch, length)
+    tokenizer = Tokenizer.load(options.model)
+    return lambda batch, length: texts(tokenizer, batch, length)
 
 
 def profile(engine: Engine, executor: Watched, prompts: Sequence[list[int]], steps: int) -> str:
     """The operators of `steps` decoding steps, by their own time. The profiler slows a step: read shares, not seconds."""
-    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    profiler = torch.profiler.profile(activities=sorted(torch.profiler.supported_activities(), key=str))
     measure(engine, executor, prompts, steps, profiler.start)
     profiler.stop()
     return str(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
 
 
 def _engine(options: argparse.Namespace, nodes: int) -> tuple[Watched, Engine]:
+    """The limits are the server's own, or wider where the largest shape asks for it."""
+    usual, most = EngineConfig(model=""), max(options.batch)
+    fed = most * max(options.context) if options.shape and not options.prefill else usual.max_num_batched_tokens
     config = EngineConfig(
-        model=options.model, dtype=options.dtype, num_threads=options.threads, drafters=options.drafters.split(","),
-        policy="fixed", budget=nodes, enable_prefix_caching=False, load_format=options.load_format,
+        model=options.model or options.shape, dtype=options.dtype, num_threads=options.threads, device=options.device,
+        drafters=options.drafters.split(","), policy="fixed", budget=nodes, enable_prefix_caching=False,
+        load_format=options.load_format, deterministic=options.deterministic, profile=options.shape is None,
+        max_num_seqs=max(usual.max_num_seqs, most), max_num_batched_tokens=max(fed, most * (1 + nodes)),
+        # Logits of a whole batch with its drafts lie beside the cache: 256 times 65 rows of Llama 3 are 9 GB.
+        gpu_memory_utilization=0.6 if options.shape else usual.gpu_memory_utilization,
     )  # fmt: skip
-    executor = Watched(LocalExecutor(config))
+    worker = ShapedWorker(config, options.prefill) if options.shape else Worker(config)
+    if options.synchronize:
+        wait_for_device(worker)
+    executor = Watched(Direct(worker))
     return executor, Engine(config, executor)
+
+
+def _release() -> None:
+    """The next engine plans its memory by what is free."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

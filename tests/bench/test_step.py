@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.filler import FillerDrafter
-from bench.step import HEADING, PARTS, Shape, Timing, Watched, main, measure, row, texts
+from bench.shaped_worker import Direct, ShapedWorker, wait_for_device
+from bench.shapes import SHAPES, random_weights
+from bench.step import HEADING, PARTS, Shape, Timing, Watched, made_up, main, measure, row, texts
 from engine import registry
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.models.shapes import expected_shapes
 from engine.plan import StepTimes
 from engine.request import Request, SamplingParams
 from engine.sequence import Sequence
@@ -81,3 +86,59 @@ def test_a_real_model(
         values = [float(cell) for cell in line[4 : 4 + len(PARTS) + 2]]
         assert values[-1] == pytest.approx(sum(values[:-1]), rel=0.5)
         assert values[1] > 0
+
+
+def test_a_shape_needs_no_files(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    records: list[dict[str, object]] = []
+    monkeypatch.setattr("bench.step.append", lambda name, record: records.append(record) or tmp_path / name)
+    flags = ["--batch", "1,3,70", "--nodes", "0,2", "--context", "40,600", "--steps", "3", "--threads", "1"]
+    assert main(["--shape", "tiny", *flags]) == 0
+    out = capsys.readouterr().out
+    lines = [[cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("|")]
+    assert [line[1:4] for line in lines[2:]] == [
+        [batch, "40", f"{nodes}.0"] for nodes in (0, 2) for batch in ("1", "3", "70")
+    ]  # more sequences than a server takes by itself
+    assert all(line[-2] == "-" for line in lines[2:])  # no prompt was fed
+    assert out.count("not measured: ") == 6 and "context 600" in out  # longer than the model's own limit
+    (record,) = records
+    assert record["model"] == "tiny" and len(record["shapes"]) == 6  # type: ignore[arg-type]
+
+
+def test_a_made_up_context_is_as_long_as_a_real_one() -> None:
+    """The same steps are run: only what the prompt left in the cache differs."""
+    config = EngineConfig(model="tiny", policy="fixed", budget=2, drafters=["none"], enable_prefix_caching=False, num_threads=1)
+    prompts = made_up(128, 2, 33)
+    assert prompts == made_up(128, 2, 33) and [len(prompt) for prompt in prompts] == [33, 33]
+    shapes = {}
+    for prefill in (True, False):
+        worker = ShapedWorker(config, prefill)
+        executor = Watched(Direct(worker))
+        timing = measure(Engine(config, executor), executor, prompts, 3)
+        assert executor.last is not None
+        shapes[prefill] = [(row.num_computed, row.num_new, len(row.block_ids)) for row in executor.last[0].rows]
+        assert timing.tokens == 6 and timing.prefill_tokens >= 64
+    assert shapes[True] == shapes[False]
+
+
+def test_random_weights_are_those_of_the_shape() -> None:
+    shape = SHAPES["tiny"]
+    weights = dict(random_weights(shape, torch.bfloat16, torch.device("cpu")))
+    assert weights["model.embed_tokens.weight"].shape == (128, 64) and "lm_head.weight" not in weights
+    assert all(torch.equal(weight, weights[name]) for name, weight in random_weights(shape, torch.bfloat16, torch.device("cpu")))
+    parameters = {"llama-3.1-8b": 8.03e9, "llama-3.2-1b": 1.236e9}
+    for name, count in parameters.items():
+        assert sum(map(math.prod, expected_shapes(SHAPES[name]).values())) == pytest.approx(count, rel=1e-3)
+
+
+def test_either_a_model_or_a_shape(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["model", "--shape", "tiny"]):
+        with pytest.raises(SystemExit):
+            main(arguments)
+    assert "one of MODEL and --shape" in capsys.readouterr().err
+
+
+def test_on_a_cpu_nothing_is_waited_for() -> None:
+    worker = ShapedWorker(EngineConfig(model="tiny", drafters=["none"], num_threads=1))
+    before = worker.target_law
+    wait_for_device(worker)
+    assert worker.target_law is before
