@@ -43,11 +43,11 @@ TRIAL_STEPS = 3  # in so many steps in which a draft of it is shown
 MOST_CREDIT = 2.0  # steps that may be lost on them at once
 LONGEST_CHAIN = 16  # of a drafter that costs
 NEGLIGIBLE_SHARE = 0.005  # of a step: what a drafter may take although it never finds anything
-WORTH_RATE, LONGEST_REST = 0.05, 16
+WORTH_RATE, LONGEST_REST = 0.02, 4
 CURVE_STEPS = 16  # for which a cost that was looked up holds
 ERROR_RATE = 0.02
 UNSEEN, MOST_APART = 4, 4  # steps
-TO_CUT = 0.005  # goodput that dropping nodes must win: doing it takes 0.1 ms, too
+CUT_SECONDS = 4e-5  # what dropping nodes takes by itself: it must win as much
 OBSERVED = 4  # every so manyth step teaches the cost model: it takes 0.1 ms
 
 
@@ -199,7 +199,8 @@ class GoodputPolicy(Policy):
         record = self._records.get(seq.seq_id)
         if record is None:
             record = self._records[seq.seq_id] = _Record()
-            self._trials += min(TRIAL_SHARE * seq.params.max_tokens, TRIAL_MOST)
+            # Where sequences are alike, there is nothing to get to know.
+            self._trials += min(TRIAL_SHARE * seq.params.max_tokens, TRIAL_MOST) * self.survival.diversity
         return record
 
     # ---- before drafting: a drafter that costs
@@ -278,7 +279,7 @@ class GoodputPolicy(Policy):
         shown = [sum(kept[first + 1 : last]) for first, last in trees]
         probes: set[int] = set()
         cut = forest
-        if chosen.count and chosen.loss <= TO_CUT:
+        if chosen.count and chosen.loss * float(verify[len(nodes)]) <= CUT_SECONDS:
             # Who used what is told by the best choice all the same, or budgets would grow with what costs nothing here.
             self._remember(seqs, offered, shown)
             kept, shown = [True] * len(survival), offered
