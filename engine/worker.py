@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -13,7 +15,7 @@ from engine.config import EngineConfig
 from engine.draft_runner import DraftRunner, make_runner
 from engine.drafting import Drafting
 from engine.logprobs import token_logprobs
-from engine.memory import MemoryPlan, plan_memory
+from engine.memory import MemoryPlan, out_of_memory, plan_memory
 from engine.messages import EngineInfo, TokenLogprobs
 from engine.models.batch import ForwardBatch
 from engine.models.config import ModelConfig
@@ -30,6 +32,9 @@ from engine.successors import Successors
 from engine.target_law import TargetLaw
 from engine.tree import Verdict
 from engine.verification import Verification
+from engine.workspace import run_largest
+
+logger = logging.getLogger("outrider.engine")
 
 PROMPT_LOGPROB_ROWS = 128  # prompt rows whose logits are held at once: 128 * 150k * 4 B = 77 MB
 NOT_FINITE = "the model produced logits that are not finite for this request"
@@ -58,17 +63,23 @@ class Worker:
         offers = registry.drafter_offers(config, self.model_config.vocab_size, eos_ids, draft_model, self.successors)
         drafters = [registry.make_drafter(name, offers) for name in config.drafters]
         self.verification = Verification(config, drafters)
-        model = self._load_model(dtype)
+        with out_of_memory(self.device, "the weights"):
+            model = self._load_model(dtype)
         fixed_split = deterministic.fix_order(config, self.model_config, model) if config.deterministic else 0
         depth_seconds: dict[str, float] = {}
         if draft_model is not None:
-            draft_model.load()
+            with out_of_memory(self.device, "the draft model's weights"):
+                draft_model.load()
         weight_bytes = model.weight_bytes + (draft_model.weight_bytes if draft_model else 0)
         draft_bytes = draft_model.bytes_per_block if draft_model else 0
-        self.memory: MemoryPlan = plan_memory(config, self.model_config, weight_bytes, dtype, self.device, draft_bytes)
         shape = self.model_config
+        largest = partial(run_largest, config, model, shape, dtype, self.device, fixed_split)
+        self.memory: MemoryPlan = plan_memory(config, shape, weight_bytes, dtype, self.device, draft_bytes, largest)
+        if self.device.type == "cuda":
+            logger.info("memory: %s", self.memory)
         blocks, backend = self.memory.num_blocks, config.attention_backend
-        self.runner = make_runner(model, shape, blocks, config.block_size, dtype, self.device, backend, fixed_split)
+        with out_of_memory(self.device, "the KV cache"):
+            self.runner = make_runner(model, shape, blocks, config.block_size, dtype, self.device, backend, fixed_split)
         self.kv = self.runner.kv
         if draft_model is not None:
             draft_model.open(self.memory.num_blocks)
