@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 import torch
 
 from bench.shapes import SHAPES, random_weights
@@ -57,11 +58,12 @@ class ShapedWorker(Worker):
 
 
 class Direct:
-    """An executor over a worker that somebody else made."""
+    """An executor over a worker that somebody else made. `at_once`: tokens that a step may be planned with, if that is more."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, at_once: int = 0) -> None:
         self._worker = worker
-        self.info = worker.info
+        tokens = max(worker.info.max_num_batched_tokens, at_once)
+        self.info = msgspec.structs.replace(worker.info, max_num_batched_tokens=tokens)
 
     def guide(self, policy: Policy) -> None:
         self._worker.guide(policy)

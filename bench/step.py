@@ -40,6 +40,7 @@ from engine.worker import Worker
 from server.tokenizer import Tokenizer
 
 PARTS = [part.name for part in msgspec.structs.fields(StepTimes)]
+SPARE = 64  # tokens of a sequence behind the steps that are counted
 WARMUP = 3  # decoding steps before the clock counts
 
 
@@ -255,20 +256,22 @@ def profile(engine: Engine, executor: Watched, prompts: Sequence[list[int]], ste
 
 def _engine(options: argparse.Namespace, nodes: int) -> tuple[Watched, Engine]:
     """The limits are the server's own, or wider where the largest shape asks for it."""
-    usual, most = EngineConfig(model=""), max(options.batch)
-    fed = most * max(options.context) if options.shape and not options.prefill else usual.max_num_batched_tokens
+    usual, most, made_up_contexts = EngineConfig(model=""), max(options.batch), options.shape and not options.prefill
+    longest = None
+    if options.shape:
+        longest = min(max(options.context) + options.steps + nodes + SPARE, SHAPES[options.shape].max_position_embeddings)
     config = EngineConfig(
         model=options.model or options.shape, dtype=options.dtype, num_threads=options.threads, device=options.device,
         drafters=options.drafters.split(","), policy="fixed", budget=nodes, enable_prefix_caching=False,
         load_format=options.load_format, deterministic=options.deterministic, profile=options.shape is None,
-        max_num_seqs=max(usual.max_num_seqs, most), max_num_batched_tokens=max(fed, most * (1 + nodes)),
-        # Logits of a whole batch with its drafts lie beside the cache: 256 times 65 rows of Llama 3 are 9 GB.
-        gpu_memory_utilization=0.6 if options.shape else usual.gpu_memory_utilization,
+        max_model_len=longest, max_num_seqs=max(usual.max_num_seqs, most),
+        max_num_batched_tokens=max(usual.max_num_batched_tokens, most * (1 + nodes)),
     )  # fmt: skip
     worker = ShapedWorker(config, options.prefill) if options.shape else Worker(config)
     if options.synchronize:
         wait_for_device(worker)
-    executor = Watched(Direct(worker))
+    # A made-up context comes in one step, which costs nothing however long it is.
+    executor = Watched(Direct(worker, most * max(options.context) if made_up_contexts else 0))
     return executor, Engine(config, executor)
 
 
