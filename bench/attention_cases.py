@@ -120,8 +120,11 @@ def _sdpa(q: Tensor, kv: Tensor, batch: int, length: int, tree: Tensor | None, s
     folded = q.view(batch, rows, kv_heads, per_head, size).permute(0, 2, 3, 1, 4).reshape(batch, kv_heads, -1, size)
     mask = None
     if tree is not None:
-        seen = torch.cat((torch.ones(rows, length - rows, dtype=torch.bool), tree), 1).repeat(per_head, 1).to(q.device)
-        mask = seen.expand(batch, kv_heads, -1, -1)
+        seen = torch.cat((torch.ones(rows, length - rows, dtype=torch.bool), tree), 1).repeat(per_head, 1)
+        # Added to the scores, as torch would have it in the end, in rows that begin at 16 bytes: it then makes no copy of it.
+        hidden = F.pad(~seen, (0, -length % 16), value=True)
+        added = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, float("-inf")).to(q.device)
+        mask = added[:, :length].expand(batch, kv_heads, -1, -1)
     return Arm(lambda: F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale))
 
 

@@ -8,6 +8,7 @@ a copy of 2 GiB, bytes read plus bytes written, and a square matrix product of r
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -82,15 +83,34 @@ def _captured(arm: Arm) -> Callable[[], object]:
             if arm.prepare is not None:
                 arm.prepare()
             arm.call()
+        waits = _waits(arm.call)
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            arm.call()
-    except RuntimeError:
-        torch.cuda.synchronize()
+    if waits:
         return arm.call
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.current_stream()):  # a capture that fails would leave another one behind
+        try:
+            with torch.cuda.graph(graph):
+                arm.call()
+        except RuntimeError:
+            torch.cuda.synchronize()
+            return arm.call
     return graph.replay
+
+
+def _waits(call: Callable[[], object]) -> bool:
+    """Whether torch waits for the device in it. Asked beforehand: a capture that fails leaves torch's allocator out of order."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the mode calls itself a prototype
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call()
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return False
 
 
 def ceilings(

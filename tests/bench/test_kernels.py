@@ -166,7 +166,7 @@ def test_every_attention_call_runs_and_a_fixed_order_gives_the_same() -> None:
         own, fixed, sdpa = clock.results[3 * i : 3 * i + 3]
         assert isinstance(own, torch.Tensor) and isinstance(fixed, torch.Tensor) and isinstance(sdpa, torch.Tensor)
         torch.testing.assert_close(own, fixed)
-        assert sdpa.numel() == own.numel()
+        assert sdpa.shape == (one.case.shape["batch"], 2, 2 * (1 + int(one.case.shape["nodes"])), 16)
     last = report.measured[-1].case
     # 3 sequences of 10 keys; 5 rows that see 5 keys each, and 1 + 2 + 2 + 3 + 3 of the tree.
     assert last.bytes == 4 * (3 * 10 * 2 * 2 * 16 + 2 * 15 * 4 * 16)
@@ -230,3 +230,27 @@ def test_the_clock_of_a_real_device() -> None:
     assert clock.seconds(Arm(lambda: large.mul_(1.0))) > 5 * clock.seconds(Arm(lambda: small.mul_(1.0)))
     assert clock.seconds(Arm(lambda: float(small.sum()))) > 0  # cannot be captured
     assert "multiprocessors" in describe(device)["gpu"]
+
+
+def test_torchs_attention_is_given_the_same_question() -> None:
+    """Dense keys in pages that lie in order, one sequence: the same answer as the definition's."""
+    pytest.importorskip("triton")
+    from bench.attention_cases import _paths, _sdpa, _tree
+    from kernels.reference import tree_attention
+
+    torch.manual_seed(0)
+    heads, kv_heads, size, rows, length = 6, 2, 8, 5, 14
+    tree, q = _tree(rows), torch.randn(rows, heads, size)
+    dense = torch.randn(2, kv_heads, length, size)
+    flat = torch.zeros(1, 2, kv_heads, 16, size)
+    flat.view(-1)[: dense.numel()] = dense.flatten()
+    found = _sdpa(q, flat, 1, length, tree, 0.3).call()
+    pool = torch.zeros(1, 2, kv_heads, 16, size)
+    pool[0, :, :, :length] = dense
+    start, context = torch.tensor([0, rows]), torch.tensor([length - rows])
+    expected = tree_attention(q, pool, torch.tensor([[0]]), start, context, tree, 0.3)
+    folded = expected.view(rows, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3).reshape(1, kv_heads, -1, size)
+    torch.testing.assert_close(found, folded)
+    assert [row[: int(seen.sum())].tolist() for row, seen in zip(_paths(tree), tree, strict=True)] == [
+        [0], [0, 1], [0, 2], [0, 1, 3], [0, 1, 4],
+    ]  # fmt: skip
