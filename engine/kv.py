@@ -70,6 +70,11 @@ class KVCache:
         index = torch.tensor([source, target], device=self.kv.device)
         self._commit_kv(self.kv, index[0], index[1])
 
+    def warm_up(self, most_moves: int) -> None:
+        """Compile what moves up to so many slots; nothing is compiled later. Nobody may hold a block yet."""
+        for bits in range(max(most_moves, 1).bit_length() + 1):
+            self.move([0] * (1 << bits), [0] * (1 << bits))
+
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks whose contents are not finite, so that their next owner's masked keys are harmless."""
         self.kv[:, blocks] = 0

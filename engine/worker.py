@@ -21,7 +21,7 @@ from engine.models.batch import ForwardBatch
 from engine.models.config import ModelConfig
 from engine.models.factory import load_model
 from engine.models.loader import load_config
-from engine.models.runner import Model, PagedModel
+from engine.models.runner import Model, PagedModel, WarmsUp
 from engine.peaks import top
 from engine.plan import Row, RowResult, StepPlan, StepResult, StepTimes
 from engine.protocols import CatchesUp, Choice, Load, Observed, Policy
@@ -88,7 +88,7 @@ class Worker:
         self.eos_ids = eos_ids
         self.target_law = TargetLaw(shape.vocab_size, self.eos_ids, self.device)
         if device_rules.has_kernels(self.device):
-            device_rules.warm_up(shape.vocab_size, self.device, 1 + max(config.budget, config.max_budget))
+            self._warm_up()
         self.policy: Policy = registry.make_policy("fixed")
         self.drafting = Drafting(drafters, shape.vocab_size)
         self.seqs: dict[int, Sequence] = {}
@@ -118,6 +118,14 @@ class Worker:
             max_budget=config.max_budget if config.policy == "goodput" else config.budget,
             prediction_drafters=[d.name for d in drafters if getattr(d, "reports_prediction", False)],
         )
+
+    def _warm_up(self) -> None:
+        """Compile what any step may need: none has to wait for a compiler."""
+        nodes = 1 + max(self.config.budget, self.config.max_budget)
+        device_rules.warm_up(self.model_config.vocab_size, self.device, nodes)
+        if isinstance(self.runner.attention, WarmsUp):
+            self.runner.attention.warm_up(self.kv.layers[0])
+        self.kv.warm_up(min(nodes * self.config.max_num_seqs, self.config.max_num_batched_tokens))
 
     def _load_config(self) -> ModelConfig:
         return load_config(self.config.model)

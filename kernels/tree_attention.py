@@ -426,6 +426,18 @@ def tree_attention(
     return out
 
 
+def forms(per_head: int, size: int, dtype: torch.dtype, fixed: bool) -> list[tuple[int, int, int, bool]]:
+    """(rows of a sequence, keys, splits, tree): calls that take between them every form this may be compiled to, window and
+    positions given or not as ever. per_head: query heads of a key head."""
+    tiles = {
+        _tile(rows * per_head, per_head, size, dtype == torch.float32, fixed): rows for rows in (128, 64, 32, 16, 8, 4, 2, 1)
+    }
+    if fixed:
+        return [(rows, 4 * tile.keys, 0, True) for tile, rows in tiles.items()]
+    ways = ((1, False), (2, False), (1, True), (2, True))
+    return [(rows, rows + 4 * tile.keys, splits, tree) for tile, rows in tiles.items() for splits, tree in ways]
+
+
 def unsupported(num_heads: int, num_kv_heads: int, size: int) -> str | None:
     """Why there is no form for heads of these numbers and this size; None when there is one."""
     if num_heads % num_kv_heads or num_heads // num_kv_heads > MOST_PER_HEAD:

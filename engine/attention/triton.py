@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.models.batch import ForwardBatch
 from kernels.interpreter import interpreted
-from kernels.tree_attention import tree_attention, unsupported
+from kernels.tree_attention import forms, tree_attention, unsupported
 from kernels.write_kv import write_kv
 
 Mask = NDArray[np.bool_]
@@ -59,6 +59,7 @@ class TritonAttention:
         if (what := unsupported(num_heads, num_kv_heads, head_dim)) is not None:
             raise ValueError(f"attention_backend: triton has no form for {what}")
         self.window, self.fixed_split = window, fixed_split
+        self._heads, self._dtype = (num_heads, num_kv_heads, head_dim), dtype
         self._plan: Plan | None = None
 
     def plan(self, batch: ForwardBatch) -> None:
@@ -100,6 +101,34 @@ class TritonAttention:
             max_rows=max(batch.num_rows, default=0),
             max_keys=max((c + r for c, r in zip(batch.context_lens, batch.num_rows, strict=True)), default=0),
         )
+
+    def warm_up(self, kv: Tensor) -> None:
+        """Compile every form that a step may take over this layer's kv; nothing is compiled later. It reads block 0 only."""
+        (heads, kv_heads, size), device = self._heads, kv.device
+        for rows, keys, splits, tree in forms(heads // kv_heads, size, self._dtype, self.fixed_split > 0):
+            qkv = torch.zeros(rows, heads + 2 * kv_heads, size, dtype=self._dtype, device=device)
+            words = torch.zeros(rows, -(-rows // 32), dtype=torch.int32, device=device) if tree else None
+            column = torch.zeros(1, dtype=torch.int32, device=device)
+            nowhere = torch.full((rows,), -1, device=device)
+            with interpreted() if device.type == "cpu" else nullcontext():
+                write_kv(kv, qkv[:, heads:].view(rows, 2, kv_heads, size), nowhere)
+                tree_attention(
+                    qkv[:, :heads],
+                    kv,
+                    torch.zeros(1, -(-keys // kv.shape[3]), dtype=torch.int32, device=device),
+                    torch.tensor([0, rows], dtype=torch.int32, device=device),
+                    column + keys - rows,
+                    words,
+                    1.0,
+                    roots=column,
+                    positions=torch.arange(keys - rows, keys, device=device),
+                    window=self.window,
+                    max_rows=rows,
+                    max_keys=keys,
+                    splits=splits,
+                    fixed_split=self.fixed_split,
+                    paths=words,
+                )
 
     def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
         """Store the fed rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""

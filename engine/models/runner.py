@@ -47,6 +47,13 @@ class AttentionBackend(Protocol):
     def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor: ...
 
 
+@runtime_checkable
+class WarmsUp(Protocol):
+    """An attention backend that is compiled as it is used, and can be beforehand."""
+
+    def warm_up(self, kv: Tensor) -> None: ...
+
+
 class ModelRunner:
     """`attention` serves models that do not bring their own."""
 

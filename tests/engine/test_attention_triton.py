@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 
 from engine.attention import choose
 from engine.attention.reference import ReferenceAttention
+from engine.kv import KVCache
 from engine.models.batch import ForwardBatch
 from engine.worker import Worker
 from tests.engine.real import OracleDrafter, answers, load_worker, make_engine, request
@@ -155,6 +158,70 @@ def test_with_fixed_splits_a_draft_changes_no_bit_in_bfloat16(tiny_llama_dir: Pa
     drafted = answers(make_engine(worker, [OracleDrafter(shape.vocab_size, known)], budget=6), requests)
     assert {key: answer.tokens for key, answer in drafted.items()} == known
     assert all(drafted[key].logprobs == plain[key].logprobs for key in plain)
+
+
+def compiled_for(kernel: Any, args: tuple, options: dict) -> tuple:
+    """What a launch is compiled for; see Triton's own specialization."""
+    bound = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in options.items() if k in kernel.arg_names}).arguments
+    key: list[object] = [kernel.fn.__name__, options.get("num_warps"), options.get("num_stages")]
+    for parameter in kernel.params:
+        value = bound[parameter.name]
+        if isinstance(value, torch.Tensor):
+            key.append((value.dtype, parameter.do_not_specialize_on_alignment or value.data_ptr() % 16 == 0))
+        elif parameter.is_constexpr:
+            key.append(value)
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            key.append((value == 1, value % 16 == 0))
+    return tuple(key)
+
+
+@pytest.mark.parametrize(("fixed_split", "window"), [(0, None), (0, 8), (128, None)])
+def test_after_the_warm_up_no_batch_compiles_anything(
+    fixed_split: int, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton.runtime.jit import JITFunction
+
+    compiled: set[tuple] = set()
+    # Nothing is run: what would be compiled is all that is asked. A GPU of so many programs splits contexts, too.
+    monkeypatch.setattr("engine.attention.triton.interpreted", nullcontext)
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, **options: compiled.add(compiled_for(kernel, args, options)))
+    monkeypatch.setattr("kernels.tree_attention._processors", lambda device: 132)
+    attention = TritonAttention(HEADS, KV_HEADS, SIZE, BLOCK, torch.float32, window, fixed_split)
+    attention.warm_up(torch.zeros(9, 2, KV_HEADS, BLOCK, SIZE))
+    known = set(compiled)
+    assert len(known) == (3 if fixed_split else 2 + 4 * len({key[1:3] for key in known if key[0] == "_attend"}))
+    more: list[list[tuple[int, int, list[int] | None]]] = [
+        [(5, 40, None)],
+        [(900, 1, [0, 0])],
+        [(900, 1, None)] * 3,
+        [(7, 300, None)],
+    ]
+    for shapes in [*SHAPES, *more]:
+        batch, _, num_blocks = build(shapes, np.random.default_rng(0))
+        qkv = torch.zeros(len(batch.slots), HEADS + 2 * KV_HEADS, SIZE)
+        attention.plan(batch)
+        new = qkv[:, HEADS:].view(-1, 2, KV_HEADS, SIZE)
+        attention.run(torch.zeros(num_blocks, 2, KV_HEADS, BLOCK, SIZE), qkv[:, :HEADS], new, 0.3)
+    assert compiled == known
+
+
+def test_moves_of_every_size_are_made_before_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache(2, 3, KV_HEADS, BLOCK, SIZE, torch.float32, torch.device("cpu"))
+    cache.kv.normal_()
+    before, sizes = cache.kv.clone(), []
+    move = cache.move
+    monkeypatch.setattr(cache, "move", lambda source, target: (sizes.append(len(source)), move(source, target)))
+    cache.warm_up(300)
+    assert sizes == [1, 2, 4, 8, 16, 32, 64, 128, 256, 512] and torch.equal(cache.kv, before)
+
+
+@pytest.mark.gpu
+def test_a_gpu_compiles_nothing_while_it_serves(smollm2_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = load_worker(smollm2_dir, "bfloat16", max_model_len=2048)
+    plain = [request(str(n), list(range(3, 3 + n)), max_tokens=20, temperature=0.8, seed=n, top_p=0.9) for n in (5, 70, 900)]
+    monkeypatch.setattr("triton.runtime.jit.JITFunction._do_compile", lambda *args: pytest.fail("compiled while serving"))
+    known = {key: answer.tokens for key, answer in answers(make_engine(worker), plain).items()}
+    answers(make_engine(worker, [OracleDrafter(worker.info.vocab_size, known)], budget=8), plain)
 
 
 WITHOUT = """
