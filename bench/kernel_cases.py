@@ -56,7 +56,7 @@ class Made:
     def write_kv(self, rows: int) -> Case:
         kv, slots = self._pool(rows), self._slots(rows)
         new = self._random(rows, 2, self.model.num_kv_heads, self.model.head_dim)
-        arms = self._arms(lambda: write_kv.write_kv(kv, new, slots), lambda: reference.write_kv(kv, new, slots))
+        arms = self._arms(lambda: write_kv.write_kv(kv, new, slots), lambda: self._put(kv, new, slots))
         return self._case("write_kv", {"rows": rows}, 2 * self._bytes(new) + self._bytes(slots), arms)
 
     def rope_write_kv(self, rows: int) -> Case:
@@ -66,7 +66,14 @@ class Made:
         cos, sin = (self._random(4096, 1, m.head_dim) for _ in range(2))
         positions = torch.randint(0, 4096, (rows,), device=self.device)
         args = (qkv, cos, sin, positions, kv, slots, m.num_heads)
-        arms = self._arms(lambda: rope.rope_write_kv_(*args), lambda: reference.rope_write_kv_(*args))
+        heads, split = m.num_heads + m.num_kv_heads, m.num_heads * m.head_dim
+
+        def twin() -> None:
+            qk = qkv[:, : heads * m.head_dim].view(rows, heads, m.head_dim)
+            reference.rope_(qk, cos.index_select(0, positions), sin.index_select(0, positions))
+            self._put(kv, qkv[:, split:].view(rows, 2, m.num_kv_heads, m.head_dim), slots)
+
+        arms = self._arms(lambda: rope.rope_write_kv_(*args), twin)
         least = 2 * self._bytes(qkv) + 2 * rows * m.head_dim * qkv.element_size() + self._bytes(slots, positions)
         return self._case("rope_write_kv", {"rows": rows}, least, arms)
 
@@ -184,6 +191,9 @@ class Made:
 
     def _pool(self, slots: int) -> Tensor:
         return self._random(*self._pool_shape(slots))
+
+    def _put(self, kv: Tensor, new: Tensor, slots: Tensor) -> None:
+        kv[slots // self.sizes.block_size, :, :, slots % self.sizes.block_size] = new
 
     def _slots(self, rows: int) -> Tensor:
         return torch.randperm(rows, device=self.device)
