@@ -5,16 +5,15 @@ A file that cannot be read, or says it is about something else, is left out with
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import msgspec
 
+from engine import whole_file
 from engine.config import EngineConfig
 from engine.cost import CostModel, CostTables
 from engine.profile import Sample
@@ -88,15 +87,6 @@ def load(file: Path, key: dict[str, str]) -> CostFile | None:
 def save(file: Path, kept: CostFile) -> None:
     """In one piece or not at all. A disk that is full or read-only costs a warning."""
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix=".writing-")
-        try:
-            with os.fdopen(handle, "wb") as out:
-                out.write(msgspec.json.format(msgspec.json.encode(kept), indent=1))
-            os.replace(name, file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+        whole_file.write(file, msgspec.json.format(msgspec.json.encode(kept), indent=1))
     except OSError as error:
         logger.warning("the cost table cannot be kept: %s", error)

@@ -9,14 +9,14 @@ Replaces the empty matrix that Token Recycling (arXiv 2408.08696) starts from.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import tempfile
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engine import whole_file
 
 logger = logging.getLogger("outrider.engine.successors")
 
@@ -60,17 +60,10 @@ class Successors:
         """In one piece or not at all. A disk that is full or read-only costs a warning."""
         if self.file is None or self.known == self._saved:
             return
+        data = BytesIO()
+        np.save(data, self.ids[: self.known], allow_pickle=False)
         try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.file.parent, prefix=".writing-")
-            try:
-                with os.fdopen(handle, "wb") as out:
-                    np.save(out, self.ids[: self.known], allow_pickle=False)
-                os.replace(name, self.file)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(name)
-                raise
+            whole_file.write(self.file, data.getvalue())
             self._saved = self.known
         except OSError as error:
             logger.warning("the successors cannot be kept: %s", error)

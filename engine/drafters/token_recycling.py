@@ -5,9 +5,10 @@ ACL 2025). A table M holds for each token the k = 8 likeliest tokens of the last
 node stood or fell. A draft tree is read out of M: the children of a node with token t are M[t].
 
 What differs from the paper: the tree is no fixed template but grown best first (engine/growth.py) by how often each rank proved
-right, learned as it goes and apart for rows whose preceding token is the same as here and for the others; M is
+right, learned as it goes and apart for rows whose preceding token is the same as here, for the others and for those alone; M is
 kept per salt in bounded memory; where a token was judged more than once in a step its committed node is kept, the last of
-several, else the first drafted. It reads no logits but the ranks of the top k, and knows nothing of longer contexts.
+several, else the first drafted; a token that was never judged has what the target says behind it alone, if that was read
+out of the model (engine/successors.py). It reads no logits but the ranks of the top k, and knows nothing of longer contexts.
 
 Replayed on SmolLM2-135M's answers to 26 of our prompts (26 greedy, 52 at T = 0.7, 96 tokens at most; `bench.replay`, which
 knows no rows of fallen nodes), budget 8, starting from an empty table, tokens per step / drafted per step:
