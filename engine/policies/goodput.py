@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from engine.plan import StepPlan, StepResult
 from engine.policies.allocation import Selection, allocate, decoding_rate, select
-from engine.policies.survival import Survival, path_survival
+from engine.policies.survival import Survival, hindsight, path_survival
 from engine.protocols import Choice, CostModel, Drafter, Load, Policy, Reason
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
@@ -114,6 +114,7 @@ class GoodputPolicy(Policy):
         self._on_trial: list[tuple[int, float]] = []  # trees of the step that are probes, and tokens expected of them
         self._credit = 0.0  # seconds that may be lost on probes
         self._speculating = False
+        self._cut: DraftForest | None = None  # what was drafted in this step, where not all of it was shown
         self._steps = 0
         self._curves: dict[tuple[int, int, int], Double] = {}  # of this step and the few before
 
@@ -172,13 +173,16 @@ class GoodputPolicy(Policy):
             choice = Choice(forest, [0] * roots, [self._nothing(seq) for seq in seqs], float(roots), float(verify[0]))
         choice.plain_seconds, choice.decode_seconds = plain, decode
         self._appraise(choice)
+        self._cut = forest if choice.forest is not forest else None
         return choice
 
     def learn(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict) -> None:
-        self.survival.learn([seq.seq_id for seq in seqs], forest, verdict)
         for tree, expected in self._on_trial:  # a probe that pays makes room for the next
             self._credit += self._second * (len(verdict.nodes[tree]) - expected)
         self._on_trial = []
+        if self._cut is not None:
+            forest, verdict, self._cut = self._cut, hindsight(self._cut, verdict), None
+        self.survival.learn([seq.seq_id for seq in seqs], forest, verdict)
 
     def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         prompt = sum(row.num_new for row in plan.rows) - sum(bool(row.token_ids) for row in result.rows)

@@ -184,7 +184,7 @@ class Survival:
                 continue
             path = verdict.nodes[b]
             winner = dict(zip([0, *path], path, strict=False))  # a node that stood -> its child that did
-            open_ = {0, *path}
+            open_ = {0, *path[: len(verdict.tokens[b]) - 1]}  # behind the last token nothing is known
             for node in range(first + 1, last):
                 if parents[node] not in open_:
                     continue
@@ -233,6 +233,28 @@ class Survival:
             for bucket in range(UNSURE + 1):
                 self._refresh(found, bucket)
         return found
+
+
+def hindsight(forest: DraftForest, verdict: Verdict) -> Verdict:
+    """The verdict on a cut forest, told of the forest before the cut: by the tokens that were committed.
+
+    So what was drafted and not shown is judged as well. Judging only what was shown would make dropped nodes look bad for ever,
+    and shown ones worse than they are: it is the overrated that are shown. The last token may make a node stand that
+    was dropped: `nodes` may then be as long as `tokens`.
+    """
+    tokens, parents, starts = forest.token.tolist(), forest.parent.tolist(), forest.start.tolist()
+    nodes: list[list[int]] = []
+    for committed, (first, last) in zip(verdict.tokens, pairwise(starts), strict=True):
+        path: list[int] = []
+        node, at = 0, 0  # the next child of a node comes behind it
+        for token in committed:
+            at = next((i for i in range(at + 1, last - first) if parents[first + i] == node and tokens[first + i] == token), 0)
+            if not at:
+                break
+            node = at
+            path.append(node)
+        nodes.append(path)
+    return Verdict(nodes, verdict.tokens)
 
 
 def path_survival(forest: DraftForest, estimate: Double) -> list[float]:

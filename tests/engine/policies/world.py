@@ -140,7 +140,7 @@ class World:
 
 
 def truth(forest: DraftForest) -> Verdict:
-    """Nodes that carry RIGHT stand."""
+    """Nodes that carry RIGHT stand: it is what the target says everywhere."""
     nodes: list[list[int]] = []
     for b in range(forest.num_trees):
         part, path, node = forest.nodes(b), [], 0
@@ -155,4 +155,4 @@ def truth(forest: DraftForest) -> Verdict:
             node = below[0]
             path.append(node)
         nodes.append(path)
-    return Verdict(nodes, [[RIGHT] * len(path) + [WRONG] for path in nodes])
+    return Verdict(nodes, [[RIGHT] * (len(path) + 1) for path in nodes])
