@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -47,19 +48,35 @@ def digest() -> str:
 def library(folder: Path | None = None) -> ctypes.CDLL:
     """The kernels, from `folder` (default: ~/.cache/outrider/kernels) or compiled into it: about 3 seconds, once.
 
+    Without `folder` those that lie beside their sources come first: see `ship`.
     Raises Unavailable, with the reason, when this machine cannot run or build them.
     """
     missing = sorted(NEEDED - _processor_flags())
     if missing:
         raise Unavailable(f"the processor lacks {', '.join(missing)}")
-    folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider" / "kernels"
-    target = folder / f"decoder-{digest()}.so"
+    target = _shipped()
+    if folder is not None or not target.exists():
+        folder = folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "outrider" / "kernels"
+        target = folder / target.name
     if not target.exists():
         _compile(target)
     try:
         return ctypes.CDLL(str(target))
     except OSError as error:
         raise Unavailable(f"{target} cannot be loaded: {error}") from None
+
+
+def ship() -> None:
+    """Compile them beside their sources, for an image that has no compiler: `python -m kernels.cpu.build`.
+
+    The processor here need not be able to run them. Raises Unavailable when they cannot be built.
+    """
+    if platform.machine() == "x86_64":
+        _compile(_shipped())
+
+
+def _shipped() -> Path:
+    return HERE / f"decoder-{digest()}.so"
 
 
 def _compile(target: Path) -> None:
@@ -89,3 +106,7 @@ def _processor_flags() -> set[str]:
     except OSError:
         pass
     return set()
+
+
+if __name__ == "__main__":
+    ship()

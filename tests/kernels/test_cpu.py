@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -224,6 +225,19 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(Unavailable, match="this cannot be"):
         library.__wrapped__(tmp_path / "kernels")
     assert not [name for name in os.listdir(tmp_path / "kernels") if name.endswith(".so")]
+
+
+def test_kernels_beside_their_sources_need_no_compiler_and_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "HERE", Path(shutil.copytree(build.HERE, tmp_path / "installed")))
+    flags = build._processor_flags()
+    monkeypatch.setattr(build, "_processor_flags", lambda: set())  # whoever builds an image need not run them
+    build.ship()
+    monkeypatch.setattr(build, "_processor_flags", lambda: flags)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert Path(library.__wrapped__()._name).parent == tmp_path / "installed"
+    assert not (tmp_path / "cache").exists()
 
 
 def test_an_old_processor_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
