@@ -101,6 +101,7 @@ class Engine:
             waiting=self.scheduler.num_waiting,
             blocks_used=self.pool.num_used,
             blocks_total=self.pool.num_blocks,
+            uncomputed_tokens=self.scheduler.num_uncomputed_tokens,
             calibration_error=self.policy.calibration_error,
             cost_error=self.policy.cost_error,
         )

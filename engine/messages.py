@@ -93,6 +93,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     waiting: int = 0
     blocks_used: int = 0
     blocks_total: int = 0
+    uncomputed_tokens: int = 0  # of prompts and of preempted sequences: committed, and no step has computed them yet
     # cumulative counters
     prompt_tokens: int = 0
     generation_tokens: int = 0
@@ -107,6 +108,7 @@ class EngineStats(msgspec.Struct, kw_only=True):
     accepted_tokens_by_drafter: dict[str, int] = {}
     drafter_fallbacks: dict[str, int] = {}  # by reason: raised, vocabulary, malformed
     corrupted_requests: int = 0  # ended because the target's logits held NaN
+    looping_sequences: int = 0  # whose answer ended in a repetition (engine/repetition.py)
     seconds_draft: float = 0.0
     seconds_forward: float = 0.0
     seconds_target_law: float = 0.0

@@ -136,6 +136,12 @@ class Scheduler:
         """Sequences that wait, siblings that do not exist yet included."""
         return len(self.waiting) + self._num_unborn
 
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens of prompts and of preempted sequences that no step has computed; a prefix cache may know some of them."""
+        catching_up = (entry.seq.num_uncomputed for entry in self.running if entry.seq.num_uncomputed > 1)
+        return sum(entry.seq.num_tokens for entry in self.waiting) + sum(catching_up)
+
     def check_integrity(self) -> None:
         """Raises IntegrityError when block tables and pool disagree."""
         self.pool.check_integrity(entry.seq for entry in self.running)
@@ -393,6 +399,7 @@ class Scheduler:
         )
         entry.prompt_logprobs = None
         if seq.finished:
+            self.recorder.finished(seq)
             delta.finish_reason, delta.stop_token_id = seq.finish_reason, seq.stop_token_id
         if seq.finished or seq.request.report_usage:
             delta.usage = usage

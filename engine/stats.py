@@ -9,6 +9,8 @@ import msgspec
 
 from engine.messages import EngineStats
 from engine.plan import RowResult, StepResult
+from engine.repetition import ends_in_a_loop
+from engine.sequence import Sequence
 from engine.usage import by_drafter, count_depths
 
 MAX_OBSERVATIONS = 65_536  # per list, should nobody ask for a long time
@@ -45,6 +47,10 @@ class StatsRecorder:
         _add(totals.accepted_tokens_by_drafter, {name: stood.get(name, 0) for name in drafted})
         _add(totals.drafts_by_drafter, dict.fromkeys(drafted, 1))
 
+    def finished(self, seq: Sequence) -> None:
+        """A sequence that was committed to its end."""
+        self.totals.looping_sequences += ends_in_a_loop(seq.tokens[seq.num_prompt :])
+
     def step(self, result: StepResult, seconds: float) -> None:
         totals, times = self.totals, result.times
         totals.steps += 1
@@ -72,6 +78,7 @@ class StatsRecorder:
         waiting: int,
         blocks_used: int,
         blocks_total: int,
+        uncomputed_tokens: int = 0,
         calibration_error: float = 0.0,
         cost_error: float = 0.0,
     ) -> EngineStats:
@@ -83,6 +90,7 @@ class StatsRecorder:
             waiting=waiting,
             blocks_used=blocks_used,
             blocks_total=blocks_total,
+            uncomputed_tokens=uncomputed_tokens,
             calibration_error=calibration_error,
             cost_error=cost_error,
             num_accepted_tokens_per_pos=totals.num_accepted_tokens_per_pos.copy(),

@@ -24,6 +24,7 @@ NUMBERS = (
     "decided_tokens",
     "decided_seconds",
     "corrupted_requests",
+    "looping_sequences",
     "seconds_draft",
     "seconds_forward",
     "seconds_target_law",
