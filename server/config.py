@@ -59,6 +59,7 @@ class ServerConfig(BaseSettings):
     shutdown_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish after SIGTERM")
     cors_allow_origins: Names = Field([], description="origins that browsers may call from (comma list; default: none)")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe messages to log")
+    vllm_metrics: bool = Field(False, description="export metrics under vLLM's names (vllm:...) too")
     config: Path | None = Field(None, description="YAML file of these settings")
 
     # model and memory

@@ -31,7 +31,7 @@ class Frontend:
         # Not for secrets: whoever sets --seed wants the same draws again.
         self._seeds = random.SystemRandom() if config.seed is None else random.Random(config.seed)  # noqa: S311
         self.admission = Admission(config.max_queue)
-        self.metrics = Metrics(self.model, client, self.admission)
+        self.metrics = Metrics(self.model, client, self.admission, vllm_names=config.vllm_metrics)
         client.on_stats = self.metrics.observe_engine
 
     def check_model(self, name: str) -> None:

@@ -17,7 +17,9 @@ from prometheus_client.registry import Collector
 from engine.messages import EngineStats
 from server.engine_counters import EngineCounters
 from server.histogram import Histogram
+from server.metric_aliases import aliases, cache_config
 from server.openai.errors import ApiError
+from server.queued_work import QueuedWork
 
 if TYPE_CHECKING:
     from server.admission import Admission
@@ -34,6 +36,7 @@ STEP = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 DEPTH = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 FEW = (1, 2, 5, 10, 20, 50, 100, 128)
 TIMES = (0, 1, 2, 5, 10, 20, 50)
+SHARE = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1)
 
 # name -> (meaning, bounds)
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -53,6 +56,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "request_num_preemptions": ("How often a finished sequence had lost its KV blocks to others", TIMES),
     "iteration_tokens_total": ("Tokens fed to the model in one step, draft nodes included", STEP),
     "spec_decode_draft_nodes": ("Draft nodes of one step shown to the model, all sequences together", STEP),
+    "spec_decode_sequence_acceptance": ("Share of a finished sequence's draft nodes that were accepted", SHARE),
     "spec_decode_draft_depth": ("Depth of the deepest draft node of one step; 0 = nothing drafted", DEPTH),
 }
 
@@ -64,6 +68,7 @@ ENGINE_COUNTERS: dict[str, tuple[str, str]] = {
     "prefix_cache_hits": ("Prompt tokens found in the prefix cache", "prefix_cache_hits"),
     "num_preemptions": ("Times a sequence lost its KV blocks and had to be computed again", "preemptions"),
     "corrupted_requests": ("Requests ended because the model's logits held NaN", "corrupted_requests"),
+    "looping_sequences": ("Sequences whose answer ended in a repetition of 64 or more tokens", "looping_sequences"),
     "engine_steps": ("Steps of the engine", "steps"),
     "spec_decode_num_drafts": ("Draft trees with at least one node", "num_drafts"),
     "spec_decode_num_draft_tokens": ("Draft nodes shown to the model", "num_draft_tokens"),
@@ -84,6 +89,7 @@ ENGINE_COUNTERS: dict[str, tuple[str, str]] = {
 ENGINE_GAUGES: dict[str, tuple[str, str]] = {
     "num_requests_running": ("Sequences being worked on", "running"),
     "num_requests_waiting": ("Sequences waiting to be scheduled", "waiting"),
+    "num_uncomputed_tokens": ("Tokens of prompts that no step has computed yet", "uncomputed_tokens"),
     "spec_decode_calibration_error": ("Mean |predicted - observed| survival of a draft node, recent steps", "calibration_error"),
     "spec_decode_cost_error": ("Mean |predicted / measured - 1| of a step's time, recent steps", "cost_error"),
 }
@@ -100,10 +106,12 @@ ENGINE_TABLES: dict[str, tuple[str, str, str]] = {
 class Metrics(Collector):
     """The counters of one app, in its own registry."""
 
-    def __init__(self, model: str, client: EngineClient, admission: Admission) -> None:
+    def __init__(self, model: str, client: EngineClient, admission: Admission, *, vllm_names: bool = False) -> None:
         self.labels = {"model_name": model}
         self.client = client
         self.admission = admission
+        self.vllm_names = vllm_names
+        self.queued_work = QueuedWork()
         self.engine = EngineCounters()
         self.histograms = {name: Histogram(PREFIX + name, help_text, b) for name, (help_text, b) in HISTOGRAMS.items()}
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
@@ -123,6 +131,7 @@ class Metrics(Collector):
             return
         self._seen = stats
         self.engine.update(stats, self.client.restarts)
+        self.queued_work.update(stats, self.histograms["request_generation_tokens"])
         for nodes in stats.draft_nodes:
             self.observe("spec_decode_draft_nodes", nodes)
         for depth in stats.draft_depths:
@@ -139,6 +148,14 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         self.observe_engine(self.client.stats)
+        families = list(self._families())
+        yield from families
+        if self.vllm_names:
+            yield from aliases(families, PREFIX)
+            if self.client.info is not None:
+                yield cache_config(self.client.info, self.labels)
+
+    def _families(self) -> Iterator[Metric]:
         stats = self.engine.total()
         yield from self._gauges(stats)
         for name, (help_text, field) in ENGINE_COUNTERS.items():
@@ -159,6 +176,8 @@ class Metrics(Collector):
         for name, (help_text, field) in ENGINE_GAUGES.items():
             yield self._gauge(name, help_text, getattr(stats, field))
         yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use; 1 = all", used)
+        help_text = "Seconds that the work which waits will take, at the rate of recent steps"
+        yield self._gauge("queued_work_seconds", help_text, self.queued_work.seconds)
         yield self._gauge("requests_in_flight", "Requests between acceptance and last byte", self.admission.in_flight)
         yield self._gauge("engine_ready", "1 while the engine can work on requests", int(self.client.ready))
 

@@ -39,6 +39,8 @@ class Timing:
         if usage is None:
             return
         observe("request_num_preemptions", usage.preemptions)
+        if usage.drafted_tokens:
+            observe("spec_decode_sequence_acceptance", usage.accepted_tokens / usage.drafted_tokens)
         if start := usage.first_scheduled_time:
             observe("request_queue_time_seconds", max(start - self.arrival, 0.0))
             observe("request_inference_time_seconds", max(now - start, 0.0))
