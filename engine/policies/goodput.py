@@ -5,8 +5,8 @@ asking costs next to nothing is asked; one that costs (a model) is asked only as
 price say that it pays (engine/policies/allocation.py). After drafting the nodes of all sequences compete: the likeliest Q
 are kept, for the Q that has the most expected tokens per predicted second. No node at all is one of the choices.
 
-Off is never for ever: what is not shown cannot be learned, so half a percent of the time is for showing drafts of which too
-little good is known, offsets of sequences fade, and drafters that did not pay are asked again after a rest that doubles.
+Off is never for ever: what was drafted and not shown is judged by the tokens that were committed, offsets of sequences fade,
+and drafters that did not pay are asked again after a rest that doubles.
 Prompt chunks in the step count as load: they may leave no room, but they make no guess cheaper. With
 `max_itl_ms` no draft makes a step longer than that.
 
@@ -36,11 +36,6 @@ Double = NDArray[np.float64]
 FIRST_BUDGET, LEAST_BUDGET = 16, 4  # nodes
 TO_START = 1.02  # goodput over plain decoding's that starts speculation; going on takes none (hysteresis)
 TO_START_DRAFTER = 1.05  # the same for a drafter that costs
-PROBE_SHARE = 0.005  # of the time goes to drafts that would not pay by what is known
-PROBE_NODES = 1
-TRIAL_SHARE, TRIAL_MOST = 0.004, 3.0  # of a new sequence's tokens: time that may be lost on getting to know it,
-TRIAL_STEPS = 3  # in so many steps in which a draft of it is shown
-MOST_CREDIT = 2.0  # steps that may be lost on them at once
 LONGEST_CHAIN = 16  # of a drafter that costs
 NEGLIGIBLE_SHARE = 0.005  # of a step: what a drafter may take although it never finds anything
 WORTH_RATE, LONGEST_REST = 0.02, 4
@@ -58,7 +53,6 @@ class _Record:
     budget: int = FIRST_BUDGET  # nodes it may draft
     asked: int = 0  # and those it was given in this step
     unseen: int = 0  # steps since a draft of it was shown
-    seen: int = 0  # steps in which one was
 
 
 @dataclass(slots=True)
@@ -110,9 +104,6 @@ class GoodputPolicy(Policy):
         self._probed: set[int] = set()  # sequences for which a drafter that costs was asked to learn
         self._plain = 1.0  # seconds of the last step without its drafts
         self._second = 0.0  # seconds that one token was worth in it
-        self._trials = 0.0  # tokens' time that sequences which came since then add to it
-        self._on_trial: list[tuple[int, float]] = []  # trees of the step that are probes, and tokens expected of them
-        self._credit = 0.0  # seconds that may be lost on probes
         self._speculating = False
         self._cut: DraftForest | None = None  # what was drafted in this step, where not all of it was shown
         self._steps = 0
@@ -164,9 +155,6 @@ class GoodputPolicy(Policy):
         if load.prefill_tokens:
             decode = float(self._curve(roots, 0, load.context_tokens, roots)[0])
         self._plain, self._second = plain, decode / roots
-        self._credit = min(self._credit + PROBE_SHARE * plain, max(MOST_CREDIT * plain, self._credit))
-        self._credit += self._trials * self._second
-        self._trials = 0.0
         if drafts:
             choice = self._select(forest, seqs, load, verify)
         else:
@@ -177,9 +165,6 @@ class GoodputPolicy(Policy):
         return choice
 
     def learn(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict) -> None:
-        for tree, expected in self._on_trial:  # a probe that pays makes room for the next
-            self._credit += self._second * (len(verdict.nodes[tree]) - expected)
-        self._on_trial = []
         if self._cut is not None:
             forest, verdict, self._cut = self._cut, hindsight(self._cut, verdict), None
         self.survival.learn([seq.seq_id for seq in seqs], forest, verdict)
@@ -203,8 +188,6 @@ class GoodputPolicy(Policy):
         record = self._records.get(seq.seq_id)
         if record is None:
             record = self._records[seq.seq_id] = _Record()
-            # Where sequences are alike, there is nothing to get to know.
-            self._trials += min(TRIAL_SHARE * seq.params.max_tokens, TRIAL_MOST) * self.survival.diversity
         return record
 
     # ---- before drafting: a drafter that costs
@@ -281,7 +264,6 @@ class GoodputPolicy(Policy):
             kept[node] = keep
         offered = [last - first - 1 for first, last in trees]
         shown = [sum(kept[first + 1 : last]) for first, last in trees]
-        probes: set[int] = set()
         cut = forest
         if chosen.count and chosen.loss * float(verify[len(nodes)]) <= CUT_SECONDS:
             # Who used what is told by the best choice all the same, or budgets would grow with what costs nothing here.
@@ -293,61 +275,23 @@ class GoodputPolicy(Policy):
                     if forest.is_sampled(tree):
                         kept[first:last] = [True] * (last - first)
                         shown[tree] = offered[tree]
-            probes = self._probe(seqs, trees, survival, kept, shown, verify)
             self._remember(seqs, offered, shown)
             cut = forest.keep(np.array(kept)) if shown != offered else forest
         else:
             self._remember(seqs, offered, shown)
-        self._probed.clear()
         dropped = [had - used for had, used in zip(offered, shown, strict=True)]
-        reasons = self._reasons(seqs, offered, dropped, probes, chosen)
+        reasons = self._reasons(seqs, offered, dropped, chosen)
+        self._probed.clear()
         return Choice(cut, dropped, reasons, sum(compress(survival, kept)), float(verify[sum(shown)]))
 
-    def _probe(
-        self,
-        seqs: Seq[Sequence],
-        trees: list[tuple[int, int]],
-        survival: list[float],
-        kept: list[bool],
-        shown: list[int],
-        verify: Double,
-    ) -> set[int]:
-        """Trees of which some nodes are shown although they do not pay: those unseen for longest, while there is credit."""
-        hidden = [b for b, (first, last) in enumerate(trees) if not shown[b] and last > first + 1]
-        hidden.sort(key=lambda b: self._turn(seqs[b], self._probed))
-        found: set[int] = set()
-        count = sum(shown)
-        for b in hidden:
-            best = sorted(range(trees[b][0] + 1, trees[b][1]), key=survival.__getitem__, reverse=True)[:PROBE_NODES]
-            expected = sum([survival[node] for node in best])
-            price = float(verify[count + len(best)] - verify[count]) - self._second * expected
-            owed = seqs[b].seq_id in self._probed
-            if (price > self._credit and not owed) or verify[count + len(best)] > self.limit:
-                break
-            self._credit -= price
-            self._on_trial.append((b, expected))
-            for node in best:
-                kept[node] = True
-            shown[b] = len(best)
-            count += len(best)
-            found.add(b)
-        return found
-
-    def _turn(self, seq: Sequence, probed: set[int]) -> tuple[bool, bool, int]:
-        """Whose drafts are shown first: those that were paid for, those of which little was seen, those longest unseen."""
-        record = self._record(seq)
-        return seq.seq_id not in probed, record.seen >= TRIAL_STEPS, -record.unseen
-
-    def _reasons(
-        self, seqs: Seq[Sequence], offered: list[int], dropped: list[int], probes: set[int], chosen: Selection
-    ) -> list[Reason]:
+    def _reasons(self, seqs: Seq[Sequence], offered: list[int], dropped: list[int], chosen: Selection) -> list[Reason]:
         cut: Reason = "itl" if chosen.limited else "cost"
         reasons: list[Reason] = []
         for b, (had, lost) in enumerate(zip(offered, dropped, strict=True)):
             if not had:
                 reasons.append(self._nothing(seqs[b]))
             else:
-                reasons.append("probe" if b in probes else cut if lost else "goodput")
+                reasons.append("probe" if seqs[b].seq_id in self._probed else cut if lost else "goodput")
         return reasons
 
     def _nothing(self, seq: Sequence) -> Reason:
@@ -361,7 +305,7 @@ class GoodputPolicy(Policy):
             if not had:
                 continue
             record = self._record(seq)
-            record.unseen, record.seen = (0, record.seen + 1) if used else (record.unseen + 1, record.seen)
+            record.unseen = 0 if used else record.unseen + 1
             if used == had >= record.budget:
                 record.budget = min(2 * record.budget, self.max_budget)
             elif used < had:

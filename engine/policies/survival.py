@@ -40,7 +40,6 @@ CELL_WEIGHT, BUCKET_WEIGHT = 6.0, 12.0  # observations that the layer above is w
 FULL = 400.0  # observations after which a cell halves: its memory
 LOWEST, HIGHEST = 0.002, 0.995  # below 1, so that a child is never as likely as its parent
 SPREAD = 2.0  # variance of the offsets among sequences
-SPREAD_RATE, TELLING = 0.02, 2.0  # of the measured variance, by sequences of which as much was seen as was supposed
 WANDER = 0.01  # variance that an offset gains with each observation: it never stops learning
 LARGEST = 4.0  # offset
 FADE = 0.01  # share of an unused offset that is lost with each step
@@ -81,7 +80,6 @@ class Survival:
         self._index: dict[str, int] = {}
         self._own: dict[int, list[Own]] = {}  # by sequence, for each drafter
         self._step = 0
-        self._spread = SPREAD  # variance of offsets among the sequences that ended lately
         self._cells: list[list[list[tuple[float, float]]]] = []  # [drafter][bucket][depth class]: nodes that stood, nodes judged
         self._logit: list[list[list[float]]] = []  # [drafter][bucket][depth class]: of the rates that follow from them
         self._bins = [[0.0, 0.0, 0.0] for _ in range(BINS)]  # by predicted survival: weight, sum predicted, sum observed
@@ -148,17 +146,7 @@ class Survival:
             self._own[seq_id][d][below].move(self._step, surprise, information, count)
 
     def forget(self, seq_id: int) -> None:
-        for own in self._own.pop(seq_id, ()):
-            for offset in own:
-                if offset.precision >= TELLING / SPREAD:
-                    # The mean square of what is known, and of what is not: an estimate that does not shrink with ignorance.
-                    square = offset.value**2 + 1 / offset.precision
-                    self._spread += SPREAD_RATE * (square - self._spread)
-
-    @property
-    def diversity(self) -> float:
-        """How much sequences differ from each other, as a share of what is supposed before any was seen; at most 1."""
-        return min(self._spread / SPREAD, 1.0)
+        self._own.pop(seq_id, None)
 
     def _estimate_many(self, d: int, seq_ids: Seq[int], forest: DraftForest) -> Double:
         owner = np.repeat(np.arange(len(seq_ids)), np.diff(forest.start))

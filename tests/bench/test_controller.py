@@ -31,7 +31,8 @@ def answers(copy_share: float = 0.5) -> Sequence[Recorded]:
 @cache
 def outcomes(machine: Hardware, load: int, copy_share: float = 0.5) -> dict[str, Outcome]:
     arms = [OFF, *fixed(LENGTHS), GOODPUT, ORACLE]
-    return closed(answers(copy_share), machine, load, arms, ["ngram"], count=max(24, 4 * load))
+    # Three seeds where runs are short in steps: a single one differs by 1 to 2 %.
+    return closed(answers(copy_share), machine, load, arms, ["ngram"], seeds=3 if load == 32 else 1, count=max(24, 4 * load))
 
 
 @pytest.mark.parametrize(("machine", "load"), GRID, ids=lambda value: getattr(value, "name", str(value)))

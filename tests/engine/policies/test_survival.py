@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.policies.survival import FEW, Survival, path_survival
+from engine.policies.survival import FEW, Survival, hindsight, path_survival
 from engine.tree import DraftForest, Verdict
 from tests.engine.policies.world import RIGHT, WRONG, truth
 
@@ -174,3 +174,32 @@ def test_memory_follows_the_sequences_that_live() -> None:
     for seq_id in range(100):
         teach(survival, [seq_id], forest)
     assert len(survival._own) == 100
+
+
+def test_a_dropped_node_is_judged_by_the_tokens_that_were_committed() -> None:
+    # 0 -> (1: 7 -> 2: 8), (3: 9); shown was node 1 alone, and the target said 9.
+    forest = DraftForest.from_parents([([5, 7, 8, 9], [-1, 0, 1, 0])], ["d"])
+    found = hindsight(forest, Verdict([[]], [[9]]))
+    assert found.nodes == [[3]] and found.tokens == [[9]]
+    # It said 7 and then 8: node 2 was right, and what comes behind it is not known.
+    assert hindsight(forest, Verdict([[1]], [[7, 8]])).nodes == [[1, 2]]
+    # Two trees, the second without a guess.
+    both = DraftForest.from_parents([([5, 7, 8, 9], [-1, 0, 1, 0]), ([6], [-1])], ["d", ""])
+    assert hindsight(both, Verdict([[1], []], [[7, 3], [2]])).nodes == [[1], []]
+
+
+def test_what_is_never_shown_is_known_all_the_same() -> None:
+    rng, survival = np.random.default_rng(3), Survival()
+    for step in range(400):
+        drafted = chains(rng, [[0.3]])
+        shown = drafted.keep(np.array([True, False]))
+        survival.learn([step], drafted, hindsight(drafted, truth(shown)))
+        survival.forget(step)
+    assert survival.estimate("d", [9999], chains(rng, [[0.3]]))[1] == pytest.approx(0.3, abs=0.06)
+
+
+def test_nothing_is_concluded_behind_the_last_token() -> None:
+    survival = Survival()
+    forest = DraftForest.from_parents([([5, 7, 8], [-1, 0, 1])], ["d"])
+    survival.learn([1], forest, Verdict([[1]], [[7]]))  # 7 was the bonus token; nobody knows whether 8 follows
+    assert [node for *_, node, _ in survival._judged([1], forest, Verdict([[1]], [[7]]))] == [1]
