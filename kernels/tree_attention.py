@@ -148,7 +148,7 @@ def _attend_tile(
 
 # Numbers that change from step to step must not be compiled in, nor where small tensors happen to lie.
 RUNTIME = ["num_rows", "num_seqs", "split_keys", "parts", "table_row", "words_row", "path_row", "window"]
-TABLES = ["tables", "cu_q", "context_lens", "roots", "positions", "words", "paths", "kv_scale"]
+TABLES = ["tables", "cu_q", "context_lens", "roots", "positions", "words", "paths", "kv_scale", "told"]
 
 
 @triton.jit(do_not_specialize=RUNTIME, do_not_specialize_on_alignment=TABLES)
@@ -166,6 +166,7 @@ def _attend(
     words,  # [T, words]
     paths,  # [T, nodes]
     kv_scale,  # [2, K]
+    told,  # [2]: keys of a part, and how many parts there are
     num_rows,
     num_seqs,
     split_keys,
@@ -196,7 +197,13 @@ def _attend(
     CAP: tl.constexpr,
     SCALED: tl.constexpr,
     WIDE: tl.constexpr,
+    TOLD: tl.constexpr,
 ):
+    part_keys = split_keys
+    if TOLD:
+        if tl.program_id(2) >= tl.load(told + 1):
+            return
+        part_keys = tl.load(told)
     FULL: tl.constexpr = BLOCK_M // G  # rows of a tile
     STEP: tl.constexpr = 1 if FIXED else FULL
     tile = tl.program_id(0)
@@ -240,11 +247,11 @@ def _attend(
     if WINDOW:
         begin = tl.maximum(context + tl.minimum(local, root) - window + 1, 0) // BLOCK_N * BLOCK_N
     if SPLIT:
-        part_begin = tl.program_id(2) * split_keys
+        part_begin = tl.program_id(2) * part_keys
         if WINDOW and not FIXED:  # the window is what is split
             part_begin += begin
         begin = tl.maximum(begin, part_begin)
-        end = tl.minimum(end, part_begin + split_keys)
+        end = tl.minimum(end, part_begin + part_keys)
     if SCALED:
         scale = scale * tl.load(kv_scale + key_head)
     keys = kv + key_head * kv_head
@@ -282,9 +289,24 @@ def _attend(
         tl.store(out + (spot * H + head)[:, None] * D + ids[None, :], answer.to(out.dtype.element_ty), mask=full)
 
 
-@triton.jit(do_not_specialize=["num_seqs", "parts"], do_not_specialize_on_alignment=["cu_q"])
-def _merge(out, partial, lse, cu_q, num_seqs, parts, D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr):
+@triton.jit(do_not_specialize=["num_seqs", "parts"], do_not_specialize_on_alignment=["cu_q", "told"])
+def _merge(
+    out,
+    partial,
+    lse,
+    cu_q,
+    told,
+    num_seqs,
+    parts,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PARTS: tl.constexpr,
+    TOLD: tl.constexpr,
+):
     """One head of one row: its parts, added in their order."""
+    used = parts
+    if TOLD:
+        used = tl.load(told + 1)
     row = tl.program_id(0)
     spot = row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     ids = tl.arange(0, BLOCK_D)
@@ -292,10 +314,10 @@ def _merge(out, partial, lse, cu_q, num_seqs, parts, D: tl.constexpr, BLOCK_D: t
     total = 0.0
     if row < tl.load(cu_q + num_seqs):
         part = tl.arange(0, PARTS)
-        levels = tl.load(lse + spot * parts + part, mask=part < parts, other=float("-inf"))
+        levels = tl.load(lse + spot * parts + part, mask=part < used, other=float("-inf"))
         most = tl.max(levels, axis=0)
         anchor = tl.where(most == float("-inf"), 0.0, most)
-        for i in range(parts):
+        for i in range(used):
             weight = tl.exp2(tl.load(lse + spot * parts + i) - anchor)
             piece = tl.load(partial + (spot * parts + i) * D + ids, mask=ids < D, other=0.0)
             acc += weight * piece
@@ -323,6 +345,7 @@ def tree_attention(
     splits: int = 0,
     fixed_split: int = 0,
     paths: Tensor | None = None,
+    told: Tensor | None = None,
 ) -> Tensor:
     """Paged attention of prompt chunks and draft trees; what comes out is the twin's, see there. Returns a new [T, H, D].
 
@@ -333,7 +356,9 @@ def tree_attention(
     The rest says how, not what: max_rows of one sequence and max_keys of one context, bounds known without asking the device
     (None: T, and what a block table holds). splits: parts of a context, 0 for as many as fill the device. fixed_split: keys of a
     part, a multiple of 128, for answers that do not depend on company; it needs positions, and for trees paths [T, nodes] int32:
-    paths[t, i] is the tree node at depth i of row t's path, for i up to row t's own depth (anything beyond).
+    paths[t, i] is the tree node at depth i of row t's path, for i up to row t's own depth (anything beyond). told int32 [2], for
+    launches that are recorded and run again: `splits` parts are launched (at least 2); how many keys each has and how many are in
+    use is read from told on the device (`part_sizes`), and max_rows then says for how many rows tiles are made, and no more.
 
     Raises ValueError for sizes that it has no form for, and for arguments that are missing.
     """
@@ -365,9 +390,11 @@ def tree_attention(
     keys = max(max_keys or block_tables.shape[1] * block_size, 1)
     if window is not None and not fixed:
         keys = min(keys, window + rows_of_one + tile.keys)
+    if told is not None and not 2 <= splits <= MOST_PARTS:
+        raise ValueError(f"2 to {MOST_PARTS} parts are launched where the device is told of them, not {splits}")
     busy = min(num_rows // full + num_seqs, num_seqs * -(-rows_of_one // full))
     split_keys = fixed_split or _split_keys(keys, busy * num_kv_heads, tile.keys, splits, q.device)
-    parts = -(-keys // split_keys)
+    parts = -(-keys // split_keys) if told is None else splits
     if parts > MOST_PARTS:
         raise ValueError(f"a context of {keys} keys has more than {MOST_PARTS} parts of {split_keys}")
     partial = lse = out
@@ -390,6 +417,7 @@ def tree_attention(
         cu_q if ancestors is None else ancestors,
         cu_q if paths is None else paths,
         cu_q if kv_scale is None else kv_scale,
+        cu_q if told is None else told,
         num_rows,
         num_seqs,
         split_keys,
@@ -417,12 +445,14 @@ def tree_attention(
         CAP=soft_cap is not None,
         SCALED=kv_scale is not None,
         WIDE=q.device.type == "cpu",  # the interpreter multiplies no bf16 matrices
+        TOLD=told is not None,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     if merged:
-        sizes = {"D": size, "BLOCK_D": block_d, "PARTS": MOST_PARTS}
-        _merge[(num_rows, num_heads)](out, partial, lse, cu_q, num_seqs, parts, **sizes, num_warps=2 if size > 128 else 1)
+        sizes = {"D": size, "BLOCK_D": block_d, "PARTS": MOST_PARTS, "TOLD": told is not None}
+        given = cu_q if told is None else told
+        _merge[(num_rows, num_heads)](out, partial, lse, cu_q, given, num_seqs, parts, **sizes, num_warps=2 if size > 128 else 1)
     return out
 
 
@@ -436,6 +466,24 @@ def forms(per_head: int, size: int, dtype: torch.dtype, fixed: bool) -> list[tup
         return [(rows, 4 * tile.keys, 0, True) for tile, rows in tiles.items()]
     ways = ((1, False), (2, False), (1, True), (2, True))
     return [(rows, rows + 4 * tile.keys, splits, tree) for tile, rows in tiles.items() for splits, tree in ways]
+
+
+def launched_parts(
+    num_rows: int, num_seqs: int, num_kv_heads: int, per_head: int, size: int, wide: bool, longest: int, device: torch.device
+) -> int:
+    """Parts to launch for so many rows of so many sequences, contexts of up to `longest` keys; 1: nothing has to be told."""
+    lanes = -(-num_rows // num_seqs) * per_head
+    tile = _tile(lanes, per_head, size, wide, False)
+    busy = min(num_rows * per_head // tile.rows + num_seqs, num_seqs * -(-lanes // tile.rows))
+    keys = _split_keys(longest, busy * num_kv_heads, tile.keys, 0, device)
+    return -(-longest // keys)
+
+
+def part_sizes(most_keys: int, launched: int) -> tuple[int, int]:
+    """(keys of a part, parts in use) for contexts of up to so many keys, the step's own rows among them: for `told`."""
+    keys = max(-(-most_keys // launched), PART_KEYS)
+    keys = -(-keys // FIXED_MULTIPLE) * FIXED_MULTIPLE
+    return keys, max(-(-most_keys // keys), 1)
 
 
 def unsupported(num_heads: int, num_kv_heads: int, size: int) -> str | None:

@@ -10,16 +10,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.attention.recorded import TritonRoom
+from engine.attention.trees import Int, Trees
 from engine.models.batch import ForwardBatch
+from engine.models.runner import Bucket
 from kernels.interpreter import interpreted
 from kernels.tree_attention import forms, tree_attention, unsupported
 from kernels.write_kv import write_kv
-
-Mask = NDArray[np.bool_]
-Int = NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +58,17 @@ class TritonAttention:
         if (what := unsupported(num_heads, num_kv_heads, head_dim)) is not None:
             raise ValueError(f"attention_backend: triton has no form for {what}")
         self.window, self.fixed_split = window, fixed_split
-        self._heads, self._dtype = (num_heads, num_kv_heads, head_dim), dtype
+        self._heads, self._block_size, self._dtype = (num_heads, num_kv_heads, head_dim), block_size, dtype
         self._plan: Plan | None = None
 
     def plan(self, batch: ForwardBatch) -> None:
         """Tables of one step, shared by all layers."""
-        trees = [_split(mask, rows) for mask, rows in zip(batch.ancestors, batch.num_rows, strict=True)]
-        own = [mask for _, mask in trees if mask is not None]
-        total, with_paths = len(batch.slots), bool(own) and self.fixed_split > 0
-        words, paths = np.zeros((total, 0), np.int32), np.zeros((total, 0), np.int32)
-        if own:
-            words = np.full((total, -(-max(map(len, own)) // 32)), -1, np.int32)
-        if with_paths:
-            paths = np.zeros((total, max(int(mask.sum(1).max()) for mask in own)), np.int32)
-        for first, rows, (root, mask) in zip(batch.first_rows, batch.num_rows, trees, strict=True):
-            if mask is not None:
-                words[first + root : first + rows] = _words(mask, words.shape[1])
-                if with_paths:
-                    paths[first + root : first + rows] = _paths(mask, paths.shape[1])
+        trees, total = Trees.of(batch), len(batch.slots)
+        branched = trees.num_words > 0
+        with_paths = branched and self.fixed_split > 0
+        words = np.full((total, trees.num_words), -1, np.int32)
+        paths = np.zeros((total, trees.depth if with_paths else 0), np.int32)
+        trees.write(batch, words, paths)
         tables = np.zeros((len(batch.block_tables), max(map(len, batch.block_tables), default=0)), np.int32)
         for table, blocks in zip(tables, batch.block_tables, strict=True):
             table[: len(blocks)] = blocks
@@ -84,7 +76,7 @@ class TritonAttention:
             tables,
             np.array([0, *np.cumsum(batch.num_rows)], np.int32),
             np.array(batch.context_lens, np.int32),
-            np.array([root for root, _ in trees], np.int32),
+            trees.roots,
             words,
             paths,
         ]
@@ -96,7 +88,7 @@ class TritonAttention:
             cu_q=at[1],
             context_lens=at[2],
             roots=at[3],
-            ancestors=at[4] if own else None,
+            ancestors=at[4] if branched else None,
             paths=at[5] if with_paths else None,
             max_rows=max(batch.num_rows, default=0),
             max_keys=max((c + r for c, r in zip(batch.context_lens, batch.num_rows, strict=True)), default=0),
@@ -130,6 +122,10 @@ class TritonAttention:
                     paths=words,
                 )
 
+    def room(self, most: Bucket, longest: int, device: torch.device) -> TritonRoom:
+        """For steps that are recorded (engine/graphs.py)."""
+        return TritonRoom(self._heads, self._block_size, self._dtype, self.window, self.fixed_split, most, longest, device)
+
     def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
         """Store the fed rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""
         plan = self._plan
@@ -153,27 +149,6 @@ class TritonAttention:
                 paths=plan.paths,
             )
         return out.flatten(1)
-
-
-def _split(mask: Mask | None, rows: int) -> tuple[int, Mask | None]:
-    """A sequence's rows that all later ones see are a chunk; how many these are, and who sees whom among the others, if any."""
-    if mask is None:
-        return rows, None
-    shared = (mask | ~np.tri(rows, dtype=bool)).all(0)
-    root = rows if shared.all() else int(shared.argmin())
-    return root, mask[root:, root:] if root < rows else None
-
-
-def _words(mask: Mask, count: int) -> Int:
-    """bool [n, n] -> int32 words [n, count]."""
-    packed = np.packbits(mask, axis=1, bitorder="little")
-    return np.pad(packed, ((0, 0), (0, 4 * count - packed.shape[1]))).view("<i4")
-
-
-def _paths(mask: Mask, depth: int) -> Int:
-    """[n, depth]: whom each row sees, in order; behind itself anything."""
-    order = np.argsort(~mask, axis=1, kind="stable")[:, :depth]
-    return np.pad(order, ((0, 0), (0, depth - order.shape[1]))).astype(np.int32)
 
 
 def _to_device(parts: list[Int], device: torch.device) -> list[Tensor]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from engine.kv import KVCache
-from engine.models.batch import ForwardBatch
+from engine.models.batch import ForwardBatch, padded_rows
 from engine.models.decoder import Attend
 
 
@@ -54,11 +55,67 @@ class WarmsUp(Protocol):
     def warm_up(self, kv: Tensor) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What a recorded step has room for, and how few sequences it is ever used for."""
+
+    sequences: int
+    tokens: int  # rows of the forward, all sequences together
+    rows: int  # most of one sequence
+    least: int = 1  # sequences
+
+
+class Tables(Protocol):
+    """What a recorded step attends to, in memory that does not move. Empty at first: no row belongs to anybody."""
+
+    def fits(self, batch: ForwardBatch) -> bool: ...
+
+    def write(self, batch: ForwardBatch) -> None:
+        """Tell the next run about a batch that fits."""
+        ...
+
+    def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
+        """As AttentionBackend.run; nothing but sizes decides what is launched."""
+        ...
+
+
+@runtime_checkable
+class Recordable(Protocol):
+    """An attention backend whose steps can be recorded once and run again."""
+
+    name: str
+
+    def room(self, most: Bucket, longest: int, device: torch.device) -> Room:
+        """For steps of up to `most` and contexts of up to `longest` keys, a step's own rows among them."""
+        ...
+
+
+class Room(Protocol):
+    """The memory that all of a model's recorded steps share."""
+
+    def tables(self, bucket: Bucket, slots: Tensor, positions: Tensor) -> Tables:
+        """slots, positions [tokens] int64 of the bucket's rows, where the step will find them."""
+        ...
+
+
+class Replays(Protocol):
+    """Recorded steps (engine/graphs.py)."""
+
+    attention: str  # name of the backend in them
+
+    def forward(self, batch: ForwardBatch, hidden_layers: tuple[int, ...]) -> tuple[Tensor, dict[int, Tensor]] | None:
+        """As ModelRunner.forward; None: no recorded step fits. The hidden states are overwritten by the next call."""
+        ...
+
+    def tier(self, tokens: int) -> int | None: ...
+
+
 class ModelRunner:
-    """`attention` serves models that do not bring their own."""
+    """`attention` serves models that do not bring their own; `graphs` the steps that were recorded, if any were."""
 
     def __init__(self, model: Model | PagedModel, kv: KVCache, attention: AttentionBackend) -> None:
         self.model, self.kv, self.attention = model, kv, attention
+        self.graphs: Replays | None = None
         if isinstance(model, PagedModel):
             kv.native = model.move
 
@@ -66,6 +123,8 @@ class ModelRunner:
         """Hidden states of every fed row [T, C], and those after the named layers; the KV cache has the rows afterwards."""
         if isinstance(self.model, PagedModel):
             return self.model.step(batch, self.kv, hidden_layers)
+        if self.graphs is not None and (recorded := self.graphs.forward(batch, hidden_layers)) is not None:
+            return recorded
         self.attention.plan(batch)
         layers, run = self.kv.layers, self.attention.run
 
@@ -86,9 +145,20 @@ class ModelRunner:
         """Logits of every node of the draft forest, in node order [nodes, V]."""
         return self.logits(hidden, batch.node_rows)
 
+    def tier(self, tokens: int) -> int:
+        """How many rows a decoding step of so many tokens is run with. (Prompt chunks that are not recorded: `padded_rows`.)"""
+        if self.scratch_slot is None:
+            return tokens
+        recorded = None if self.graphs is None else self.graphs.tier(tokens)
+        return padded_rows(tokens) if recorded is None else recorded
+
     @property
     def backend(self) -> str:
-        return "native" if isinstance(self.model, PagedModel) else self.attention.name
+        """What attends: in steps as they come, and in recorded ones."""
+        if isinstance(self.model, PagedModel):
+            return "native"
+        own = self.attention.name
+        return own if self.graphs is None else f"{own}, {self.graphs.attention} in graphs"
 
     @property
     def scratch_slot(self) -> int | None:

@@ -31,6 +31,7 @@ POINTERS = {
     "words": "*i32",
     "paths": "*i32",
     "kv_scale": "*fp32",
+    "told": "*i32",
     "partial": "*fp32",
     "lse": "*fp32",
     "slots": "*i64",
@@ -76,10 +77,11 @@ def compiled(kernel: Any, constants: dict[str, Any], types: dict[str, str], warp
         ("bf16", 128, 4, 1, {"TREE": True, "FIXED": True}),
         ("bf16", 96, 1, 16, {"SCALED": True, "TREE": True}),
         ("fp32", 64, 3, 20, {"TREE": True}),
+        ("bf16", 128, 4, 8, {"TREE": True, "TOLD": True}),
     ],
 )
 def test_attention(dtype: str, size: int, per_head: int, rows: int, flags: dict[str, bool]) -> None:
-    off = dict.fromkeys(("FIXED", "TREE", "WINDOW", "CAP", "SCALED", "WIDE"), False)
+    off = dict.fromkeys(("FIXED", "TREE", "WINDOW", "CAP", "SCALED", "WIDE", "TOLD"), False)
     tile = _tile(rows * per_head, per_head, size, dtype == "fp32", "FIXED" in flags)
     block = {"BLOCK_M": tile.rows, "BLOCK_N": tile.keys, "BLOCK_D": triton.next_power_of_2(size)}
     shape = {"H": 2 * per_head, "G": per_head, "S": 16, "D": size, "SPLIT": True}
@@ -90,8 +92,9 @@ def test_attention(dtype: str, size: int, per_head: int, rows: int, flags: dict[
         assert "cp.async" in found.asm["ptx"]  # keys come in while others are worked on
 
 
-def test_merge() -> None:
-    compiled(_merge, {"D": 80, "BLOCK_D": 128, "PARTS": 128}, {"out": "*bf16"}, warps=1)
+@pytest.mark.parametrize("told", [False, True])
+def test_merge(told: bool) -> None:
+    compiled(_merge, {"D": 80, "BLOCK_D": 128, "PARTS": 128, "TOLD": told}, {"out": "*bf16"}, warps=1)
 
 
 @pytest.mark.parametrize(("dtype", "scaled"), [("bf16", False), ("fp8e4nv", True)])

@@ -14,7 +14,7 @@ from kernels import reference
 
 pytest.importorskip("triton")
 
-from kernels.tree_attention import MOST_PARTS, tree_attention, unsupported
+from kernels.tree_attention import MOST_PARTS, launched_parts, part_sizes, tree_attention, unsupported
 
 Shape = tuple[int, int, int]  # tokens before the step, rows of a chunk, nodes of the tree behind it
 Heads = tuple[int, int, int]  # query heads, key heads, head size
@@ -126,6 +126,34 @@ def test_parts_are_merged(how: dict[str, int], dtype: torch.dtype, device: torch
     batch = make([(130, 1, 3), (7, 2, 0), (0, 0, 0)], (3, 1, 64), 16, dtype, device, padding=1)
     found = check(batch.arguments, **how, paths=batch.paths)
     assert not found[-1:].any()
+
+
+@pytest.mark.parametrize("told", [(128, 2), (256, 1)])
+@pytest.mark.parametrize("flags", [{}, {"window": 9}])
+def test_parts_that_only_the_device_is_told_of(told: tuple[int, int], flags: dict[str, int], device: torch.device) -> None:
+    """Five are launched; those that are not in use write nothing, and nobody reads what they left."""
+    batch = make([(130, 1, 3), (7, 2, 0), (0, 0, 0)], (3, 1, 64), 16, torch.float32, device, padding=1)
+    for how in ({}, {"max_rows": 1, "max_keys": 1}):  # a bound that is none makes other tiles, no other answer
+        found = check(batch.arguments | flags, splits=5, told=torch.tensor(told, dtype=torch.int32, device=device), **how)
+        assert not found[-1:].any()
+    fixed = {"fixed_split": 128, "paths": batch.paths} if told[0] == 128 else {}
+    check(batch.arguments | flags, splits=5, told=torch.tensor(told, dtype=torch.int32, device=device), **fixed)
+
+
+@pytest.mark.parametrize("most_keys", [0, 1, 255, 257, 4096, 100_000])
+@pytest.mark.parametrize("launched", [2, 7, 128])
+def test_parts_in_use_hold_every_key(most_keys: int, launched: int) -> None:
+    keys, used = part_sizes(most_keys, launched)
+    assert keys % 128 == 0 and 1 <= used <= launched and keys * used >= most_keys
+    assert used == 1 or keys * (used - 1) < most_keys
+
+
+def test_as_many_parts_are_launched_as_fill_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kernels.tree_attention._processors", lambda device: 132)
+    cuda = torch.device("cuda")
+    found = [launched_parts(rows, seqs, 8, 4, 128, False, 32768, cuda) for rows, seqs in ((1, 1), (8, 1), (64, 16), (512, 64))]
+    assert found[0] > found[2] > 1 and found[3] == 32768 // 8192  # a long context is never left to one program
+    assert launched_parts(512, 64, 8, 4, 128, False, 2048, cuda) == 1
 
 
 @pytest.mark.parametrize("how", [{}, {"splits": 2}, {"fixed_split": 128}])
@@ -278,6 +306,8 @@ def test_what_cannot_be_is_refused(device: torch.device) -> None:
         tree_attention(**batch.arguments | {"positions": None, "ancestors": None}, fixed_split=128)
     with pytest.raises(ValueError, match=f"more than {MOST_PARTS} parts"):
         tree_attention(**batch.sees_trees, fixed_split=128, max_keys=128 * MOST_PARTS + 1)
+    with pytest.raises(ValueError, match="2 to 128 parts are launched"):
+        tree_attention(**batch.arguments, told=torch.tensor([128, 1], dtype=torch.int32, device=device))
     assert unsupported(6, 4, 64) and unsupported(8, 8, 512) and unsupported(256, 1, 64)
     assert unsupported(71, 1, 64) is None
     with pytest.raises(ValueError, match="heads of 512"):
@@ -289,4 +319,4 @@ def test_the_twin_takes_the_same_arguments() -> None:
     own, twin = (inspect.signature(f).parameters for f in (tree_attention, reference.tree_attention))
     assert list(own)[: len(twin)] == list(twin)
     assert all(own[name] == twin[name] for name in twin)
-    assert set(own) - set(twin) == {"max_rows", "max_keys", "splits", "fixed_split", "paths"}
+    assert set(own) - set(twin) == {"max_rows", "max_keys", "splits", "fixed_split", "paths", "told"}
