@@ -1,4 +1,4 @@
-"""create_app: routes, middleware and error handlers around one engine client. Importing this starts nothing."""
+"""create_app: routes, middleware and error handlers around the engines. Importing this starts nothing."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from server.request_id import RequestId
 from server.version import VERSION
 
 if TYPE_CHECKING:
-    from server.client import EngineClient
     from server.config import ServerConfig
+    from server.fleet import Fleet
     from server.tokenizer import Tokenizer
 
 router = APIRouter()
@@ -34,7 +34,7 @@ async def metrics(request: Request) -> Response:
     return Response(encode(frontend(request).metrics.registry), media_type=media_type)
 
 
-def create_app(config: ServerConfig, client: EngineClient, tokenizer: Tokenizer) -> FastAPI:
+def create_app(config: ServerConfig, client: Fleet, tokenizer: Tokenizer) -> FastAPI:
     """The HTTP application. `client` is started and stopped by the caller; `app.state.frontend.admission.drain()` drains."""
     app = FastAPI(title="Outrider", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     front = app.state.frontend = Frontend(config, client, tokenizer)

@@ -1,10 +1,10 @@
-"""The front end's way to the engine: requests in, token deltas out. One per server; lives in one event loop."""
+"""The front end's way to the engine: requests in, token deltas out. One per engine; lives in one event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -50,13 +50,17 @@ class EngineClient:
         watchdog_timeout: float = 120.0,
         log_level: str = "info",
         command: Sequence[str] = COMMAND,
+        environment: Mapping[str, str] | None = None,
+        number: int | None = None,
     ) -> None:
+        """`environment` and `number` are for one of several engines: see Supervisor."""
         self.info: EngineInfo | None = None
         self.stats = EngineStats()
         self.ready = False
         self.on_stats: Callable[[EngineStats], None] | None = None
         self._config = config
-        self._options = {"watchdog_timeout": watchdog_timeout, "log_level": log_level, "command": command}
+        self._options: dict[str, Any] = {"watchdog_timeout": watchdog_timeout, "log_level": log_level, "command": command}
+        self._options |= {"environment": environment, "number": number}
         self._supervisor: Supervisor | None = None
         self._streams: dict[str, _Stream] = {}  # by wire id
         self._wire_ids: dict[str, str] = {}  # request id -> wire id
@@ -86,7 +90,7 @@ class EngineClient:
         """Start the engine process and return at once; see `wait_ready`. A second call does nothing."""
         if self._supervisor is None:
             self._why = "the engine is starting"
-            self._supervisor = Supervisor(self._config, self._on_message, self._on_lost, **self._options)  # type: ignore[arg-type]
+            self._supervisor = Supervisor(self._config, self._on_message, self._on_lost, **self._options)
 
     async def wait_ready(self) -> EngineInfo:
         """Raises supervisor.EngineGoneError when the engine cannot be started."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -70,10 +70,13 @@ class ServerConfig(BaseSettings):
     max_num_batched_tokens: int = Field(_ENGINE.max_num_batched_tokens, ge=1, description="most tokens in one step")
     block_size: int = Field(_ENGINE.block_size, ge=1, le=1024, description="tokens per KV block")
     gpu_memory_utilization: float = Field(_ENGINE.gpu_memory_utilization, gt=0, le=1, description="share of the GPU's memory")
-    kv_cache_memory_bytes: int | None = Field(_ENGINE.kv_cache_memory_bytes, ge=1, description="size of the KV cache")
+    kv_cache_memory_bytes: int | None = Field(_ENGINE.kv_cache_memory_bytes, ge=1, description="size of each engine's KV cache")
     enable_prefix_caching: bool = Field(_ENGINE.enable_prefix_caching, description="reuse the KV of equal prompt beginnings")
     tensor_parallel_size: int = Field(_ENGINE.tensor_parallel_size, ge=1, description="number of GPUs (only 1 today)")
-    num_threads: int | None = Field(_ENGINE.num_threads, ge=1, description="CPU threads of the engine (default: all cores)")
+    data_parallel_size: int = Field(1, ge=1, description="engines behind this server, each with all of the model (a GPU each)")
+    num_threads: int | None = Field(
+        _ENGINE.num_threads, ge=1, description="CPU threads of each engine (default: all cores, shared out among the engines)"
+    )
     cpu_kernels: Literal["auto", "native", "torch"] = Field(
         _ENGINE.cpu_kernels, description="of bfloat16 models on a CPU: native ones where they run, only those, or torch's"
     )
@@ -115,6 +118,14 @@ class ServerConfig(BaseSettings):
     def _one_rank(cls, value: int) -> int:
         if value != 1:
             raise ValueError("only 1 is supported")
+        return value
+
+    @field_validator("data_parallel_size")
+    @classmethod
+    def _own_gpus(cls, value: int, info: ValidationInfo) -> int:
+        device = info.data.get("device", "")
+        if value > 1 and ":" in device:
+            raise ValueError(f"each engine takes a GPU of its own, so --device must be cuda, not {device}")
         return value
 
     @field_validator("cache_dir", "draft_model", "datastore")

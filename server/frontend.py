@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from starlette.requests import HTTPConnection
@@ -16,13 +17,13 @@ from server.resolve import DEFAULT_NAME
 from server.version import VERSION
 
 if TYPE_CHECKING:
-    from server.client import EngineClient
     from server.config import ServerConfig
+    from server.fleet import Fleet
     from server.tokenizer import Tokenizer
 
 
 class Frontend:
-    def __init__(self, config: ServerConfig, client: EngineClient, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: ServerConfig, client: Fleet, tokenizer: Tokenizer) -> None:
         self.config = config
         self.client = client
         self.tokenizer = tokenizer
@@ -32,7 +33,8 @@ class Frontend:
         self._seeds = random.SystemRandom() if config.seed is None else random.Random(config.seed)  # noqa: S311
         self.admission = Admission(config.max_queue)
         self.metrics = Metrics(self.model, client, self.admission, vllm_names=config.vllm_metrics)
-        client.on_stats = self.metrics.observe_engine
+        for number, engine in enumerate(client.engines):
+            engine.on_stats = partial(self.metrics.observe_engine, number)
 
     def check_model(self, name: str) -> None:
         """Raises ApiError 404 for a model that is not served here."""

@@ -6,7 +6,7 @@ Names as in vLLM's `vllm/v1/metrics`; what the Gateway API inference extension r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client.core import GaugeMetricFamily, Metric
 
@@ -66,14 +66,12 @@ def _renamed(family: Metric, prefix: str) -> Metric:
     return copy
 
 
-def cache_config(info: EngineInfo, labels: dict[str, str]) -> Metric:
-    """Always 1: the labels say how large the KV pool is, wherever it lies."""
-    facts = {
-        "block_size": str(info.block_size),
-        "num_gpu_blocks": str(info.num_blocks),
-        "kv_cache_size_tokens": str(info.num_blocks * info.block_size),
-    }
-    every = ENGINE | labels | facts
-    family = GaugeMetricFamily(VLLM + "cache_config_info", "Size of the KV pool", labels=list(every))
-    family.add_metric(list(every.values()), 1)
+def cache_config(infos: Sequence[EngineInfo | None], labels: dict[str, str]) -> Metric:
+    """Always 1: the labels say how large the KV pool of each engine is, wherever it lies. None: not known yet."""
+    facts = ["block_size", "num_gpu_blocks", "kv_cache_size_tokens"]
+    family = GaugeMetricFamily(VLLM + "cache_config_info", "Size of the KV pool", labels=[*ENGINE, *labels, *facts])
+    for number, info in enumerate(infos):
+        if info is not None:
+            values = [number, *labels.values(), info.block_size, info.num_blocks, info.num_blocks * info.block_size]
+            family.add_metric([str(value) for value in values], 1)
     return family

@@ -1,13 +1,14 @@
 """What /metrics exports: names and meanings. Where vLLM has the metric, the name after the prefix is vLLM's.
 
-Every metric has the label `model_name`. Counters are exported with the suffix `_total`. A "sequence" is one choice of an
+Every metric has the label `model_name`, and where a server has several engines, what is told of one has the label `engine`, its
+number. Counters are exported with the suffix `_total`. A "sequence" is one choice of an
 answer: a request with n = 4 has four. Times are seconds on this machine's monotonic clock.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -15,15 +16,15 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from engine.messages import EngineStats
-from server.engine_counters import EngineCounters
+from server.engine_record import EngineRecord
 from server.histogram import Histogram
 from server.metric_aliases import aliases, cache_config
 from server.openai.errors import ApiError
-from server.queued_work import QueuedWork
 
 if TYPE_CHECKING:
     from server.admission import Admission
-    from server.client import EngineClient
+    from server.fleet import Fleet
+    from server.router import Route
 
 PREFIX = "outrider:"
 Values = Mapping[tuple[str, ...], float]  # by label values
@@ -37,6 +38,9 @@ DEPTH = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 FEW = (1, 2, 5, 10, 20, 50, 100, 128)
 TIMES = (0, 1, 2, 5, 10, 20, 50)
 SHARE = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1)
+
+# (status, code) there from the start: what appears with its first increase has no increase that Prometheus could see.
+REFUSALS = (("429", "server_overloaded"), ("500", "internal_error"), ("503", "engine_unavailable"))
 
 # name -> (meaning, bounds)
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
@@ -101,23 +105,28 @@ ENGINE_TABLES: dict[str, tuple[str, str, str]] = {
     "spec_decode_draft_seconds_by_drafter": ("Time spent drafting by who drafted", "drafter", "seconds_draft_by_drafter"),
     "drafter_fallbacks": ("Steps in which a drafter failed and nothing was drafted, by reason", "reason", "drafter_fallbacks"),
 }
+# name -> (meaning, attribute of Route); where there are several engines
+ROUTE_COUNTERS: dict[str, tuple[str, str]] = {
+    "routed_requests": ("Prompts sent to the engine", "requests"),
+    "routed_prompt_tokens": ("Tokens of these prompts", "prompt_tokens"),
+    "routed_matched_tokens": ("Tokens of these prompts whose KV the engine was believed to have", "matched_tokens"),
+}
 
 
 class Metrics(Collector):
     """The counters of one app, in its own registry."""
 
-    def __init__(self, model: str, client: EngineClient, admission: Admission, *, vllm_names: bool = False) -> None:
+    def __init__(self, model: str, fleet: Fleet, admission: Admission, *, vllm_names: bool = False) -> None:
         self.labels = {"model_name": model}
-        self.client = client
+        self.engines = [EngineRecord(engine) for engine in fleet.engines]
+        self.numbers = ("engine",) if len(self.engines) > 1 else ()
+        self.routes: list[Route] = fleet.router.routes if self.numbers else []
         self.admission = admission
         self.vllm_names = vllm_names
-        self.queued_work = QueuedWork()
-        self.engine = EngineCounters()
         self.histograms = {name: Histogram(PREFIX + name, help_text, b) for name, (help_text, b) in HISTOGRAMS.items()}
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
-        self.rejected: Counter[tuple[str, ...]] = Counter()
+        self.rejected: Counter[tuple[str, ...]] = Counter(dict.fromkeys(REFUSALS, 0))
         self.disconnects = 0
-        self._seen: EngineStats | None = None
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -125,13 +134,10 @@ class Metrics(Collector):
     def observe(self, name: str, value: float, count: int = 1) -> None:
         self.histograms[name].observe(value, count)
 
-    def observe_engine(self, stats: EngineStats) -> None:
-        """Called with each message of the engine; a message seen before changes nothing."""
-        if stats is self._seen:
+    def observe_engine(self, number: int, stats: EngineStats) -> None:
+        """Called with each message of an engine; a message seen before changes nothing."""
+        if not self.engines[number].update(stats, self.histograms["request_generation_tokens"]):
             return
-        self._seen = stats
-        self.engine.update(stats, self.client.restarts)
-        self.queued_work.update(stats, self.histograms["request_generation_tokens"])
         for nodes in stats.draft_nodes:
             self.observe("spec_decode_draft_nodes", nodes)
         for depth in stats.draft_depths:
@@ -147,39 +153,46 @@ class Metrics(Collector):
             self.disconnects += 1
 
     def collect(self) -> Iterator[Metric]:
-        self.observe_engine(self.client.stats)
+        for number, engine in enumerate(self.engines):
+            self.observe_engine(number, engine.client.stats)
         families = list(self._families())
         yield from families
         if self.vllm_names:
             yield from aliases(families, PREFIX)
-            if self.client.info is not None:
-                yield cache_config(self.client.info, self.labels)
+            yield cache_config([engine.client.info for engine in self.engines], self.labels)
 
     def _families(self) -> Iterator[Metric]:
-        stats = self.engine.total()
-        yield from self._gauges(stats)
+        each = [engine.counters.total() for engine in self.engines]
+        yield from self._gauges(each)
         for name, (help_text, field) in ENGINE_COUNTERS.items():
-            yield self._counter(name, help_text, {(): getattr(stats, field)})
+            yield self._engine_counter(name, help_text, [{(): getattr(stats, field)} for stats in each])
         for name, (help_text, label, field) in ENGINE_TABLES.items():
-            yield self._counter(name, help_text, {(key,): n for key, n in getattr(stats, field).items()}, label)
-        positions: Values = {(str(i),): n for i, n in enumerate(stats.num_accepted_tokens_per_pos)}
+            tables: list[Values] = [{(key,): n for key, n in getattr(stats, field).items()} for stats in each]
+            yield self._engine_counter(name, help_text, tables, label)
+        positions: list[Values] = [{(str(i),): n for i, n in enumerate(stats.num_accepted_tokens_per_pos)} for stats in each]
         name, help_text = "spec_decode_num_accepted_tokens_per_pos", "Draft nodes accepted, by depth in the draft (0 = first)"
-        yield self._counter(name, help_text, positions, "position")
-        rejected = stats.num_draft_tokens - stats.num_accepted_tokens
-        yield self._counter("spec_decode_num_rejected_tokens", "Draft nodes shown to the model and rejected", {(): rejected})
+        yield self._engine_counter(name, help_text, positions, "position")
+        rejected: list[Values] = [{(): stats.num_draft_tokens - stats.num_accepted_tokens} for stats in each]
+        yield self._engine_counter("spec_decode_num_rejected_tokens", "Draft nodes shown to the model and rejected", rejected)
         yield from self._own_counters()
+        help_text = "Times the engine process was started again"
+        yield self._engine_counter("engine_restarts", help_text, [{(): engine.client.restarts} for engine in self.engines])
+        if self.routes:
+            yield from self._routed()
         for histogram in self.histograms.values():
             yield histogram.family(self.labels)
 
-    def _gauges(self, stats: EngineStats) -> Iterator[Metric]:
-        used = stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0
+    def _gauges(self, each: list[EngineStats]) -> Iterator[Metric]:
         for name, (help_text, field) in ENGINE_GAUGES.items():
-            yield self._gauge(name, help_text, getattr(stats, field))
-        yield self._gauge("kv_cache_usage_perc", "Share of KV blocks in use; 1 = all", used)
+            yield self._engine_gauge(name, help_text, [getattr(stats, field) for stats in each])
+        used = [stats.blocks_used / stats.blocks_total if stats.blocks_total else 0.0 for stats in each]
+        yield self._engine_gauge("kv_cache_usage_perc", "Share of KV blocks in use; 1 = all", used)
         help_text = "Seconds that the work which waits will take, at the rate of recent steps"
-        yield self._gauge("queued_work_seconds", help_text, self.queued_work.seconds)
-        yield self._gauge("requests_in_flight", "Requests between acceptance and last byte", self.admission.in_flight)
-        yield self._gauge("engine_ready", "1 while the engine can work on requests", int(self.client.ready))
+        yield self._engine_gauge("queued_work_seconds", help_text, [engine.queued_work.seconds for engine in self.engines])
+        help_text = "Requests between acceptance and last byte"
+        yield self._family(GaugeMetricFamily, "requests_in_flight", help_text, {(): self.admission.in_flight})
+        ready = [int(engine.client.ready) for engine in self.engines]
+        yield self._engine_gauge("engine_ready", "1 while the engine can work on requests", ready)
 
     def _own_counters(self) -> Iterator[Metric]:
         finished: Values = {(reason,): n for reason, n in self.finished.items()}
@@ -187,15 +200,37 @@ class Metrics(Collector):
         help_text = "Requests answered with an error, by HTTP status and error code"
         yield self._counter("rejected_requests", help_text, self.rejected, "status", "code")
         yield self._counter("client_disconnects", "Requests whose client left before the end", {(): self.disconnects})
-        yield self._counter("engine_restarts", "Times the engine process was started again", {(): self.client.restarts})
 
-    def _gauge(self, name: str, help_text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(PREFIX + name, help_text, labels=list(self.labels))
-        family.add_metric(list(self.labels.values()), value)
-        return family
+    def _routed(self) -> Iterator[Metric]:
+        for name, (help_text, field) in ROUTE_COUNTERS.items():
+            yield self._engine_counter(name, help_text, [{(): getattr(route, field)} for route in self.routes])
+        help_text = "Tokens that the engine still has to compute, by the router's estimate"
+        yield self._engine_gauge("routed_owed_tokens", help_text, [route.owed for route in self.routes])
+
+    def _engine_gauge(self, name: str, help_text: str, each: Iterable[float]) -> Metric:
+        return self._family(GaugeMetricFamily, name, help_text, self._numbered({(): n} for n in each), *self.numbers)
+
+    def _engine_counter(self, name: str, help_text: str, each: Iterable[Values], *labels: str) -> Metric:
+        return self._counter(name, help_text, self._numbered(each), *self.numbers, *labels)
+
+    def _numbered(self, each: Iterable[Values]) -> Values:
+        """The values of a single engine as they are, those of several under their numbers."""
+        if not self.numbers:
+            return next(iter(each))
+        return {(str(number), *key): value for number, values in enumerate(each) for key, value in values.items()}
 
     def _counter(self, name: str, help_text: str, values: Values, *labels: str) -> Metric:
-        family = CounterMetricFamily(PREFIX + name, help_text, labels=[*self.labels, *labels])
+        return self._family(CounterMetricFamily, name, help_text, values, *labels)
+
+    def _family(
+        self,
+        kind: type[GaugeMetricFamily] | type[CounterMetricFamily],
+        name: str,
+        help_text: str,
+        values: Values,
+        *labels: str,
+    ) -> Metric:
+        family = kind(PREFIX + name, help_text, labels=[*self.labels, *labels])
         for key, value in values.items():
             family.add_metric([*self.labels.values(), *key], value)
         return family

@@ -10,14 +10,14 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import uvloop
 
 from engine.messages import EngineInfo
-from server.client import EngineClient
 from server.config import ServerConfig
+from server.fleet import Fleet
 from server.resolve import ResolvedModel
 from server.supervisor import EngineGoneError
 
@@ -47,8 +47,11 @@ class Server:
         self.config = config.model_copy(update={"served_model_name": config.served_model_name or model.name})
         self.model = model
         self.announce = announce
-        self.client = EngineClient(
-            config.engine_config(model.path), watchdog_timeout=config.watchdog_timeout, log_level=config.log_level
+        self.client = Fleet.of(
+            config.engine_config(model.path),
+            config.data_parallel_size,
+            watchdog_timeout=config.watchdog_timeout,
+            log_level=config.log_level,
         )
         self.signalled = asyncio.Event()
 
@@ -94,15 +97,13 @@ class Server:
 
             await asyncio.to_thread(check, self.config.datastore, tokenizer.result())
         _return_memory()
-        front: Frontend = app.state.frontend
-        self.client.on_stats = front.metrics.observe_engine
-        return HttpServer(app), front
+        return HttpServer(app), app.state.frontend
 
     async def _come_up(self, sock: socket.socket) -> None:
         from server.http import url
 
-        info = await self.client.wait_ready()
-        self.announce(ready_line(url(sock), self.config.served_model_name or "", info))
+        infos = await self.client.wait_ready()
+        self.announce(ready_line(url(sock), self.config.served_model_name or "", *infos))
 
     def _on_signal(self) -> None:
         if self.signalled.is_set():
@@ -140,13 +141,29 @@ async def _first(coroutine: Coroutine[Any, Any, None], *others: asyncio.Task[Any
         task.cancel()
 
 
-def ready_line(address: str, name: str, info: EngineInfo) -> str:
+def ready_line(address: str, name: str, *infos: EngineInfo) -> str:
+    """`infos`: one per engine."""
+    info = infos[0]
     most = {"fixed": info.budget, "off": 0}.get(info.policy, info.max_budget)
     policy = f"{info.policy}({most})" if most else info.policy
     lossy = "" if info.lossless else " (LOSSY: answers may differ from the model's own)"
+    seconds = max(info.load_seconds for info in infos)
     return (
         f"outrider is ready: {address} model={name} device={info.device} dtype={info.dtype} "
         f"drafters={','.join(info.drafters)} verifier={info.verifier}{lossy} policy={policy} "
-        f"memory: weights {info.weight_bytes / 1e6:,.0f} MB, KV {info.kv_bytes / 1e6:,.0f} MB = {info.num_blocks:,} blocks "
-        f"= {info.num_blocks * info.block_size:,} tokens, context {info.max_model_len:,}, loaded in {info.load_seconds:.1f} s"
+        f"{_memory(infos)}, loaded in {seconds:.1f} s"
     )
+
+
+def _memory(infos: Sequence[EngineInfo]) -> str:
+    """What each engine plans for itself; GPUs may differ."""
+    plans = [
+        f"weights {info.weight_bytes / 1e6:,.0f} MB, KV {info.kv_bytes / 1e6:,.0f} MB = {info.num_blocks:,} blocks "
+        f"= {info.num_blocks * info.block_size:,} tokens, context {info.max_model_len:,}"
+        for info in infos
+    ]
+    if len(plans) == 1:
+        return f"memory: {plans[0]}"
+    if len(set(plans)) == 1:
+        return f"engines={len(plans)} memory of each: {plans[0]}"
+    return f"engines={len(plans)} memory: " + "; ".join(f"engine {i}: {plan}" for i, plan in enumerate(plans))

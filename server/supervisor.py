@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -58,8 +58,13 @@ class Supervisor:
         watchdog_timeout: float = 120.0,
         log_level: str = "info",
         command: Sequence[str] = COMMAND,
+        environment: Mapping[str, str] | None = None,
+        number: int | None = None,
     ) -> None:
+        """`environment` is added to ours. `number`: which of several engines this is, for the messages."""
         self.config = config
+        self.environment = dict(environment or {})
+        self.number = number
         self.log_level = log_level
         self.command = command
         self.watchdog_timeout = watchdog_timeout
@@ -141,7 +146,8 @@ class Supervisor:
             await self._link.drain_rest()
         finally:
             self._end_life()
-        return self._fatal.message if self._fatal else f"the engine process ended unexpectedly ({_describe(code)})"
+        why = self._fatal.message if self._fatal else f"the engine process ended unexpectedly ({_describe(code)})"
+        return why if self.number is None else f"engine {self.number}: {why}"
 
     async def _start(self) -> asyncio.subprocess.Process:
         assert self._link is not None
@@ -153,7 +159,7 @@ class Supervisor:
             log_level=self.log_level,  # type: ignore[arg-type]  # checked by ServerConfig
         )
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        env = {"GLIBC_TUNABLES": MALLOC} | os.environ | {"PYTHONPATH": path}
+        env = {"GLIBC_TUNABLES": MALLOC} | os.environ | {"PYTHONPATH": path} | self.environment
         process = await asyncio.create_subprocess_exec(*self.command, stdin=asyncio.subprocess.PIPE, stdout=STDERR, env=env)
         assert process.stdin is not None
         process.stdin.write(msgspec.msgpack.encode(config))

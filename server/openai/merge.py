@@ -10,12 +10,12 @@ from engine.messages import TokenDelta
 from engine.request import Request
 
 if TYPE_CHECKING:
-    from server.client import EngineClient
+    from server.fleet import Fleet
 
 Item = tuple[int, TokenDelta]
 
 
-async def merge(client: EngineClient, requests: list[Request]) -> AsyncGenerator[Item]:
+async def merge(client: Fleet, requests: list[Request]) -> AsyncGenerator[Item]:
     """(position in `requests`, delta) until all have ended. Closing it aborts what still runs. Raises EngineDead."""
     if len(requests) == 1:
         deltas = client.submit(requests[0])
@@ -43,7 +43,7 @@ async def merge(client: EngineClient, requests: list[Request]) -> AsyncGenerator
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _feed(client: EngineClient, position: int, request: Request, queue: asyncio.Queue[Item | BaseException | None]) -> None:
+async def _feed(client: Fleet, position: int, request: Request, queue: asyncio.Queue[Item | BaseException | None]) -> None:
     deltas = client.submit(request)
     try:
         async for delta in deltas:

@@ -54,6 +54,7 @@ class FakeEngineClient:
         self.script = script
         self.eos_ids = eos_ids
         self.tokens_per_step = tokens_per_step
+        self.engines = [self]
         self.info: EngineInfo | None = info()
         self.stats = EngineStats()
         self.on_stats: Callable[[EngineStats], None] | None = None

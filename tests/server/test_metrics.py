@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.messages import EngineStats
+from server.app import create_app
+from server.config import ServerConfig
 from server.engine_counters import NUMBERS, TABLES
+from server.fleet import Fleet
 from server.histogram import Histogram
 from server.metrics import ENGINE_COUNTERS, ENGINE_GAUGES, ENGINE_TABLES, HISTOGRAMS, PREFIX
-from tests.server.conftest import Api, ApiFactory, error
+from server.router import Router
+from server.tokenizer import Tokenizer
+from tests.server.conftest import Api, ApiFactory, error, says
+from tests.server.fakes import FakeEngineClient
 
 LABEL = {"model_name": "fake"}
 
@@ -94,6 +101,9 @@ async def test_the_engine_s_numbers(api: Api) -> None:
         decided_seconds=1.0,
         calibration_error=0.0625,
         cost_error=0.125,
+        looping_sequences=1,
+        uncomputed_tokens=75,
+        seconds_step=2.5,
         seconds_draft=0.5,
         seconds_verify=0.25,
         draft_nodes=[0, 3, 3],
@@ -128,6 +138,9 @@ async def test_the_engine_s_numbers(api: Api) -> None:
     assert of(samples, "spec_decode_decided_seconds_total") == 1.0
     assert of(samples, "spec_decode_calibration_error") == 0.0625
     assert of(samples, "spec_decode_cost_error") == 0.125
+    assert of(samples, "looping_sequences_total") == 1
+    assert of(samples, "num_uncomputed_tokens") == 75
+    assert of(samples, "queued_work_seconds") == (75 + 0) / (150 / 2.5)  # nothing has finished: no answer to expect
 
 
 async def test_counters_go_on_after_an_engine_restart(api: Api) -> None:
@@ -161,6 +174,42 @@ async def test_counters_go_on_after_an_engine_restart(api: Api) -> None:
     assert of(seen, "engine_restarts_total") == 1
 
 
+async def test_several_engines_are_told_apart(tokenizer: Tokenizer) -> None:
+    ones = [FakeEngineClient(says(tokenizer, "Hello")) for _ in range(2)]
+    fleet = Fleet(ones, Router(ones, 16))  # type: ignore[arg-type]
+    app = create_app(ServerConfig(served_model_name="fake"), fleet, tokenizer)
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as http:
+        api = Api(app, ones[0], http, tokenizer)
+        for _ in range(3):
+            assert (await api.chat(messages=[{"role": "user", "content": "Hi " * 20}])).status_code == 200
+        assert (await api.complete(prompt="Something else")).status_code == 200
+        table = {"suffix": 3}
+        for number, one in enumerate(ones):
+            one.stats = EngineStats(generation_tokens=10 + number, running=number, blocks_used=number, blocks_total=4)
+            one.stats.num_accepted_tokens_per_pos, one.stats.draft_tokens_by_drafter = [5 + number], table
+        ones[1].restarts = 1
+        samples = await scrape(api)
+        ones[1].ready = False
+        later = await scrape(api)
+    for number in (0, 1):
+        engine = {"engine": str(number)}
+        assert of(samples, "generation_tokens_total", **engine) == 10 + number
+        assert of(samples, "num_requests_running", **engine) == number
+        assert of(samples, "kv_cache_usage_perc", **engine) == number / 4
+        assert of(samples, "spec_decode_num_accepted_tokens_per_pos_total", position="0", **engine) == 5 + number
+        assert of(samples, "spec_decode_draft_tokens_by_drafter_total", drafter="suffix", **engine) == 3
+        assert of(samples, "engine_restarts_total", **engine) == number
+        assert (of(samples, "engine_ready", **engine), of(later, "engine_ready", **engine)) == (1, 1 - number)
+        assert of(samples, "routed_requests_total", **engine) == (3, 1)[number]
+        assert of(samples, "routed_owed_tokens", **engine) == 0
+    assert of(samples, "routed_matched_tokens_total", engine="0") > 40
+    assert of(samples, "requests_in_flight") == 0
+
+
+async def test_a_single_engine_has_no_number(api: Api) -> None:
+    assert not [labels for _, labels in await scrape(api) if "engine" in dict(labels)]
+
+
 async def test_requests_are_measured(make_api: ApiFactory) -> None:
     api = make_api("one two three four", tokens_per_step=2)
     await api.chat(max_tokens=4)
@@ -178,6 +227,7 @@ async def test_requests_are_measured(make_api: ApiFactory) -> None:
     assert of(samples, "e2e_request_latency_seconds_count") == 3
     assert of(samples, "request_queue_time_seconds_count") == 3
     assert of(samples, "request_prefill_time_seconds_count") == 3
+    assert of(samples, "spec_decode_sequence_acceptance_count") == 3
     assert of(samples, "request_decode_time_seconds_count") == 3
     assert of(samples, "requests_in_flight") == 0
 
@@ -188,6 +238,7 @@ async def test_refusals_are_counted_by_code(api: Api) -> None:
     error(await api.chat(model="x"), 404)
     error(await api.http.get("/nothing"), 404)
     samples = await scrape(api)
+    assert of(samples, "rejected_requests_total", status="429", code="server_overloaded") == 0  # from the start
     assert of(samples, "rejected_requests_total", status="400", code="invalid_value") == 1
     assert of(samples, "rejected_requests_total", status="404", code="model_not_found") == 2
     assert of(samples, "rejected_requests_total", status="404", code="not_found") == 1
