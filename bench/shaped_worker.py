@@ -48,12 +48,12 @@ class ShapedWorker(Worker):
     def step(self, plan: StepPlan) -> StepResult:
         if self.prefill or all(row.num_new == 1 for row in plan.rows):
             return super().step(plan)
-        seqs = self._apply(plan)
+        seqs = self.apply(plan)
         results = [
             RowResult(row.seq_id, [row.seq_id * STRIDE % self.info.vocab_size] if row.num_new == seq.num_uncomputed else [])
             for seq, row in zip(seqs, plan.rows, strict=True)
         ]
-        self._commit(seqs, plan.rows, results)
+        self.advance(seqs, plan.rows, [result.token_ids for result in results])
         return StepResult(results, StepTimes(), sum(row.num_new for row in plan.rows))
 
 

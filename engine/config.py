@@ -20,7 +20,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None  # None: by --gpu-memory-utilization on a GPU, a share of RAM on a CPU
     enable_prefix_caching: bool = True
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: int = 1  # ranks that share the model, each a process
+    rank_timeout: float = 30.0  # seconds that one rank may keep the others waiting until the engine is restarted
     drafters: list[str] = msgspec.field(default_factory=lambda: ["prediction", "suffix", "token_recycling"])
     verifier: str = "match"
     policy: str = "goodput"  # goodput | fixed | off

@@ -9,7 +9,7 @@ from engine.blocks import BlockPool, IntegrityError
 from engine.config import EngineConfig
 from engine.costs import Costs
 from engine.messages import EngineStats, TokenDelta
-from engine.protocols import Executor, Policy, Studies
+from engine.protocols import Executor, Policy, Studies, Watched
 from engine.registry import make_policy, wants_cost
 from engine.request import Request
 from engine.scheduler import Scheduler
@@ -28,12 +28,13 @@ class Engine:
         Raises ValueError for a bad configuration.
         """
         if executor is None:
-            from engine.executors.local import LocalExecutor  # torch is needed only where a model runs
+            from engine.executors.make import make_executor  # torch is needed only where a model runs
 
-            executor = LocalExecutor(config)
+            executor = make_executor(config)
         info = executor.info
         self.config = config
         self.executor = executor
+        self._watched = executor if isinstance(executor, Watched) else None
         self.info = info
         self.costs = Costs(config, executor, info) if policy is None and wants_cost(config.policy) else None
         self.policy = policy or self._make_policy()
@@ -93,6 +94,11 @@ class Engine:
     def study(self) -> bool:
         """Some milliseconds of work for the time after this, while there is no request; False when there is none to do."""
         return self.config.profile and not self.has_work() and isinstance(self.executor, Studies) and self.executor.study()
+
+    def check(self) -> None:
+        """Raises RuntimeError when the engine cannot go on: a rank is gone."""
+        if self._watched is not None:
+            self._watched.check()
 
     def stats(self) -> EngineStats:
         """Gauges, counters since the start, and the observations since the last call."""

@@ -45,6 +45,7 @@ class Loop:
         try:
             while self.running and os.getppid() == self.parent:
                 self.drain_inbox()
+                self.engine.check()
                 if self.engine.has_work():
                     self.send_deltas(self.engine.step())
                     self.stats_due = min(self.stats_due, self.stats_soon)
@@ -144,7 +145,7 @@ def serve(config: ProcessConfig, factory: Callable[[EngineConfig], Engine]) -> i
 def main(factory: Callable[[EngineConfig], Engine] | None = None) -> int:
     config = read_config()
     settle(config)
-    set_threads(config.engine.num_threads)
+    set_threads(config.engine.num_threads, config.engine.tensor_parallel_size)
     if factory is not None:
         return serve(config, factory)
     from engine.engine import Engine  # imports torch: after set_threads

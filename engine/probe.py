@@ -106,8 +106,7 @@ def run_probe(worker: Worker, probe: Probe) -> float:
         result = worker.step(plan)
         seconds = time.perf_counter() - started - result.times.draft
     finally:
-        for row in plan.rows:
-            worker.seqs.pop(row.seq_id, None)
+        worker.drop([row.seq_id for row in plan.rows])
         worker.drafting, worker.policy = drafting, policy
     return seconds
 

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from typing import Protocol
 
 import msgspec
 import zmq
@@ -26,7 +27,17 @@ def read_config() -> ProcessConfig:
     return msgspec.msgpack.decode(sys.stdin.buffer.read(), type=ProcessConfig)
 
 
-def settle(config: ProcessConfig) -> None:
+class Child(Protocol):
+    """What a process is told about the one that started it."""
+
+    @property
+    def parent(self) -> int: ...  # process id
+
+    @property
+    def log_level(self) -> str: ...
+
+
+def settle(config: Child) -> None:
     """Never outlive the supervisor, and leave only when it says so.
 
     SIGTERM and SIGINT reach a whole process group or container while the front end still drains, so they are ignored
@@ -48,8 +59,10 @@ SPIN_COUNT = "3000"
 KERNELS_KEPT = "256"
 
 
-def set_threads(count: int | None) -> None:
+def set_threads(count: int | None, ranks: int = 1) -> None:
     """To be called before torch is imported: OpenMP reads its environment once. None: as the environment says, or all cores.
+
+    That many processes share `count`, or the cores; what the environment says is meant for each.
 
     The front end and the clients share the cores. A thread that waits spins, and while it does, whoever has the work may get
     no core: among busy neighbours a step took 800 ms by default and 34 ms with 2,000 turns. Sleeping at once (passive)
@@ -61,7 +74,7 @@ def set_threads(count: int | None) -> None:
     cores = len(os.sched_getaffinity(0))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         if count is not None or name not in os.environ:
-            os.environ[name] = str(count or cores)
+            os.environ[name] = str(max(1, (count or cores) // ranks))
 
 
 def connect(context: zmq.Context[zmq.Socket[bytes]], kind: int, endpoint: str) -> zmq.Socket[bytes]:

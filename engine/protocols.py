@@ -238,6 +238,15 @@ class Studies(Protocol):
         ...
 
 
+@runtime_checkable
+class Watched(Protocol):
+    """An executor that rests on other processes."""
+
+    def check(self) -> None:
+        """Raises RuntimeError when one of them is gone. Called at least once a second."""
+        ...
+
+
 class Executor(Protocol):
     """Runs a step on every rank. `execute` gives one RowResult per row of the plan, in the plan's order.
 

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import broadcast
 from engine.models.batch import ForwardBatch
 from engine.models.config import ModelConfig
 from engine.models.runner import ModelRunner
+from engine.parallel import ALONE, Group
 from engine.peaks import top
 from engine.plan import Row
 from engine.request import Request, SamplingParams
@@ -28,8 +30,8 @@ LEAST_BLOCK = 4
 class Study:
     """`step` reads some more; it is done when the table is complete."""
 
-    def __init__(self, runner: ModelRunner, shape: ModelConfig, successors: Successors) -> None:
-        self.runner, self.shape, self.successors = runner, shape, successors
+    def __init__(self, runner: ModelRunner, shape: ModelConfig, successors: Successors, group: Group = ALONE) -> None:
+        self.runner, self.shape, self.successors, self.group = runner, shape, successors, group
         self.block_size = runner.kv.block_size
         self._candidates = list(dict.fromkeys(t for t in (shape.bos_token_id, *shape.eos_token_ids, 0) if t is not None))
         self._told: dict[int, float] = {}
@@ -61,13 +63,18 @@ class Study:
         return float(_entropy(law.mean(0, keepdim=True)).mean() - _entropy(law).mean())
 
     def _logits(self, first: int, tokens: list[int]) -> Tensor:
-        """Logits [1 + tokens, V] of the first token and of each token behind it."""
-        seq = Sequence(-1, Request(request_id="study", prompt_ids=[first], params=SamplingParams(max_tokens=1)), 0, frozenset())
-        seq.block_ids = [self.runner.kv.num_blocks]
-        forest = DraftForest.from_parents([([first, *tokens], [-1, *[0] * len(tokens)])])
-        row, scratch = Row(-1, 0, 1, len(tokens), [], False), self.runner.scratch_slot
-        batch = ForwardBatch.build([seq], [row], forest, [0], self.block_size, self.runner.device, scratch)
-        return self.runner.node_logits(self.runner.forward(batch)[0], batch)
+        broadcast.tell(self.group, broadcast.Study(first, tokens))
+        return logits_behind(self.runner, first, tokens)
+
+
+def logits_behind(runner: ModelRunner, first: int, tokens: list[int]) -> Tensor:
+    """Logits [1 + tokens, V] of the first token and of each token behind it."""
+    seq = Sequence(-1, Request(request_id="study", prompt_ids=[first], params=SamplingParams(max_tokens=1)), 0, frozenset())
+    seq.block_ids = [runner.kv.num_blocks]
+    forest = DraftForest.from_parents([([first, *tokens], [-1, *[0] * len(tokens)])])
+    row, scratch = Row(-1, 0, 1, len(tokens), [], False), runner.scratch_slot
+    batch = ForwardBatch.build([seq], [row], forest, [0], runner.kv.block_size, runner.device, scratch)
+    return runner.node_logits(runner.forward(batch)[0], batch)
 
 
 def _entropy(law: Tensor) -> Tensor:

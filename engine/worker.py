@@ -1,9 +1,15 @@
-"""What each rank does in a step: draft, forward, target law, verify, commit. It decides nothing about time or arrival."""
+"""What a rank does in a step: draft, forward, target law, verify, commit. It decides nothing about time or arrival.
+
+Of several ranks (engine/parallel.py) all hold a part of the model and all sequences, and rank 0 alone drafts and judges: it tells
+the others its forest and its verdict (engine/broadcast.py), which they follow (engine/follower.py).
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
@@ -11,17 +17,20 @@ from itertools import pairwise
 import torch
 
 from engine import cost_store, deterministic, device_rules, registry
+from engine.broadcast import CHECK_STEPS, Drop, Ruling, Step, Trees, digest, tell
 from engine.config import EngineConfig
 from engine.draft_runner import DraftRunner, make_runner
 from engine.drafting import Drafting
 from engine.logprobs import token_logprobs
 from engine.memory import MemoryPlan, out_of_memory, plan_memory
-from engine.messages import EngineInfo, TokenLogprobs
+from engine.messages import EngineInfo
 from engine.models.batch import ForwardBatch
 from engine.models.config import ModelConfig
 from engine.models.factory import load_model
 from engine.models.loader import load_config
 from engine.models.runner import Model, PagedModel, WarmsUp
+from engine.models.sharding import Sharding
+from engine.parallel import ALONE, Group
 from engine.peaks import top
 from engine.plan import Row, RowResult, StepPlan, StepResult, StepTimes
 from engine.protocols import CatchesUp, Choice, Load, Observed, Policy
@@ -30,7 +39,7 @@ from engine.sequence import Sequence
 from engine.study import Study
 from engine.successors import Successors
 from engine.target_law import TargetLaw
-from engine.tree import Verdict
+from engine.tree import DraftForest, Verdict
 from engine.verification import Verification
 from engine.workspace import run_largest
 
@@ -41,23 +50,26 @@ NOT_FINITE = "the model produced logits that are not finite for this request"
 
 
 class Worker:
-    """One rank: the model, its KV cache, the drafter and the verifier, and a mirror of every running sequence.
+    """One rank: its part of the model and of the KV cache, the drafter and the verifier, and a mirror of every running sequence.
 
     Raises ValueError or OSError with a message fit for the command line when the model cannot be loaded.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, group: Group = ALONE, device: torch.device | None = None) -> None:
+        """`group` has been joined; `device` is this rank's own (`device_of`)."""
         started = time.perf_counter()
-        self.config = config
-        self.device = torch.device(_device(config.device))
+        self.config, self.group = config, group
+        self.device = device_of(config) if device is None else device
         if config.num_threads is not None:
-            torch.set_num_threads(config.num_threads)
+            torch.set_num_threads(max(1, config.num_threads // group.size))
         torch.set_grad_enabled(False)
         self.model_config = self._load_config()
+        # The shape of what lies on this rank.
+        shape = Sharding.of(self.model_config, group.rank, group.size).config if group.size > 1 else self.model_config
         dtype = _dtype(config.dtype, self.model_config.dtype)
         eos_ids = frozenset(self.model_config.eos_token_ids)
         if config.deterministic:
-            deterministic.check(config, self.model_config, dtype, self.device)
+            deterministic.check(config, shape, dtype, self.device)
         draft_model = self._draft_model(dtype)
         self.successors = self._successors(dtype)
         offers = registry.drafter_offers(config, self.model_config.vocab_size, eos_ids, draft_model, self.successors)
@@ -65,16 +77,15 @@ class Worker:
         self.verification = Verification(config, drafters)
         with out_of_memory(self.device, "the weights"):
             model = self._load_model(dtype)
-        fixed_split = deterministic.fix_order(config, self.model_config, model) if config.deterministic else 0
+        fixed_split = deterministic.fix_order(config, shape, model) if config.deterministic else 0
         depth_seconds: dict[str, float] = {}
         if draft_model is not None:
             with out_of_memory(self.device, "the draft model's weights"):
                 draft_model.load()
         weight_bytes = model.weight_bytes + (draft_model.weight_bytes if draft_model else 0)
         draft_bytes = draft_model.bytes_per_block if draft_model else 0
-        shape = self.model_config
         largest = partial(run_largest, config, model, shape, dtype, self.device, fixed_split)
-        self.memory: MemoryPlan = plan_memory(config, shape, weight_bytes, dtype, self.device, draft_bytes, largest)
+        self.memory = self._agreed(plan_memory(config, shape, weight_bytes, dtype, self.device, draft_bytes, largest))
         if self.device.type == "cuda":
             logger.info("memory: %s", self.memory)
         blocks, backend = self.memory.num_blocks, config.attention_backend
@@ -84,7 +95,7 @@ class Worker:
         if draft_model is not None:
             draft_model.open(self.memory.num_blocks)
             depth_seconds = {d.name: draft_model.time_depth() for d in drafters if isinstance(d, CatchesUp)}
-        self._study = Study(self.runner, shape, self.successors) if self.successors is not None else None
+        self._study = Study(self.runner, shape, self.successors, group) if self.successors is not None else None
         self.eos_ids = eos_ids
         self.target_law = TargetLaw(shape.vocab_size, self.eos_ids, self.device)
         if device_rules.has_kernels(self.device):
@@ -106,8 +117,8 @@ class Worker:
             lossless=self.verification.default.lossless,
             policy=config.policy,
             budget=config.budget,
-            weight_bytes=self.memory.weight_bytes,
-            kv_bytes=self.memory.kv_bytes,
+            weight_bytes=group.total(self.memory.weight_bytes),
+            kv_bytes=group.total(self.memory.kv_bytes),
             num_blocks=self.memory.num_blocks,
             block_size=config.block_size,
             max_num_seqs=config.max_num_seqs,
@@ -131,7 +142,15 @@ class Worker:
         return load_config(self.config.model)
 
     def _load_model(self, dtype: torch.dtype) -> Model | PagedModel:
-        return load_model(self.config, self.model_config, dtype, self.device)
+        return load_model(self.config, self.model_config, dtype, self.device, self.group)
+
+    def _agreed(self, plan: MemoryPlan) -> MemoryPlan:
+        """Block ids mean the same on every rank: none has more blocks than the one with the least room."""
+        if self.group.size == 1:
+            return plan
+        blocks, longest = self.group.least(plan.num_blocks), self.group.least(plan.max_model_len)
+        kv_bytes = plan.kv_bytes // plan.num_blocks * blocks
+        return replace(plan, num_blocks=blocks, kv_bytes=kv_bytes, max_model_len=longest)
 
     def _draft_model(self, dtype: torch.dtype) -> DraftRunner | None:
         """The second model, not loaded yet. Raises ValueError when it is given and nobody asks for one."""
@@ -159,11 +178,8 @@ class Worker:
     def step(self, plan: StepPlan) -> StepResult:
         """Run one plan. A row that goes wrong on its own (NaN logits) comes back with `error`; the others go on."""
         clock = [time.perf_counter()]
-        seqs = self._apply(plan)
-        judged = [i for i, (seq, row) in enumerate(zip(seqs, plan.rows, strict=True)) if row.num_new == seq.num_uncomputed]
-        trees = [-1] * len(seqs)
-        for tree, i in enumerate(judged):
-            trees[i] = tree
+        seqs = self.apply(plan)
+        judged, trees = judged_rows(plan, seqs)
         tree_seqs = [seqs[i] for i in judged]
         load = self._load(plan, seqs, tree_seqs)
         forest = self.drafting.draft(tree_seqs, [plan.rows[i].budget for i in judged], self.policy, load)
@@ -174,28 +190,25 @@ class Worker:
             if choice.reasons[tree] == "no_match" and seq.seq_id in self.drafting.stale:
                 choice.reasons[tree] = "stale"
         forest = choice.forest
+        self._tell_step(plan, forest)
         clock.append(time.perf_counter())
 
-        block_size, scratch = self.config.block_size, self.runner.scratch_slot
-        batch = ForwardBatch.build(seqs, plan.rows, forest, trees, block_size, self.device, scratch)
-        needs = self.drafting.needs
-        hidden, layers = self.runner.forward(batch, needs.hidden_layers)
-        logits = self.runner.node_logits(hidden, batch)
+        batch, hidden, layers, logits = self.feed(plan, seqs, forest, trees)
         clock.append(time.perf_counter())
 
         scores = self.target_law(logits, tree_seqs, forest)
         clock.append(time.perf_counter())
         signals = self._signals(logits, layers, scores, batch.num_tokens)  # first: the verdict finds its best tokens in these
         verdict = self.verification.verify(forest, scores, tree_seqs)
+        tell(self.group, Ruling(verdict.nodes, verdict.tokens))
         clock.append(time.perf_counter())
 
         self.policy.learn(tree_seqs, forest, verdict)
-        roots = [plan.rows[i].num_computed + plan.rows[i].num_new - 1 for i in judged]
-        self.kv.commit(tree_seqs, roots, forest, verdict)
+        self.settle(plan, seqs, judged, forest, verdict)
         self.drafting.observe(tree_seqs, forest, verdict, signals)
         results = self._results(plan, seqs, trees, choice, verdict, logits)
         self._prompt_logprobs(plan, seqs, batch, hidden, results)
-        self._commit(seqs, plan.rows, results)
+        self.advance(seqs, plan.rows, [result.token_ids for result in results])
         clock.append(time.perf_counter())
         times = StepTimes(*(after - before for before, after in pairwise(clock)))
         return StepResult(
@@ -211,7 +224,19 @@ class Worker:
         if self.successors is not None:
             self.successors.save()
 
-    def _apply(self, plan: StepPlan) -> list[Sequence]:
+    def drop(self, seq_ids: list[int]) -> None:
+        """Forget sequences that no plan will remove."""
+        tell(self.group, Drop(seq_ids))
+        for seq_id in seq_ids:
+            self.seqs.pop(seq_id, None)
+
+    def _tell_step(self, plan: StepPlan, forest: DraftForest) -> None:
+        if self.group.size == 1:
+            return
+        checked = self.config.check_integrity or plan.step % CHECK_STEPS == 0
+        tell(self.group, Step(plan, Trees.of(forest), digest(self.seqs.values()) if checked else None))
+
+    def apply(self, plan: StepPlan) -> list[Sequence]:
         """Bring the mirror up to the plan; returns the plan's sequences in row order."""
         for seq_id in plan.removed:
             if self.seqs.pop(seq_id, None) is not None:
@@ -227,6 +252,23 @@ class Worker:
                 seq.block_ids.extend(row.block_ids)
             seq.num_computed = row.num_computed
         return seqs
+
+    def feed(
+        self, plan: StepPlan, seqs: list[Sequence], forest: DraftForest, trees: list[int]
+    ) -> tuple[ForwardBatch, torch.Tensor, dict[int, torch.Tensor], torch.Tensor]:
+        """The target's forward: the batch, its last hidden states, those of the layers asked for, every node's logits."""
+        block_size, scratch = self.config.block_size, self.runner.scratch_slot
+        batch = ForwardBatch.build(seqs, plan.rows, forest, trees, block_size, self.device, scratch)
+        hidden, layers = self.runner.forward(batch, self.drafting.needs.hidden_layers)
+        return batch, hidden, layers, self.runner.node_logits(hidden, batch)
+
+    def settle(self, plan: StepPlan, seqs: list[Sequence], judged: list[int], forest: DraftForest, verdict: Verdict) -> None:
+        """Make the cache what the verdict says. What a corrupted sequence wrote is zeroed."""
+        roots = [plan.rows[i].num_computed + plan.rows[i].num_new - 1 for i in judged]
+        self.kv.commit([seqs[i] for i in judged], roots, forest, verdict)
+        for i, tokens in zip(judged, verdict.tokens, strict=True):
+            if not tokens:
+                self._clear(seqs[i])
 
     def _load(self, plan: StepPlan, seqs: list[Sequence], judged: list[Sequence]) -> Load:
         return Load(
@@ -260,7 +302,6 @@ class Worker:
             result = row_result(row.seq_id, choice, verdict, tree)
             if not tokens:
                 result.error = NOT_FINITE
-                self._clear(seq)
             elif seq.params.logprobs is not None:
                 first = int(forest.start[tree])
                 rows = logits[[first, *(first + node for node in verdict.nodes[tree])]]
@@ -273,36 +314,60 @@ class Worker:
         shared = {block for other in self.seqs.values() if other is not seq for block in other.block_ids}
         self.kv.clear([block for block in seq.block_ids if block not in shared])
 
+    def prompt_rows(
+        self, plan: StepPlan, seqs: list[Sequence], batch: ForwardBatch
+    ) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+        """The fed prompt rows whose logits are asked for, some at a time.
+
+        Index of the sequence, their positions begin ... end - 1, and which rows of the batch they are.
+        """
+        for i, (seq, row, first) in enumerate(zip(seqs, plan.rows, batch.first_rows, strict=True)):
+            last = min(row.num_computed + row.num_new, seq.num_prompt - 1)  # the row of the last prompt token predicts output
+            if seq.params.prompt_logprobs is None:
+                continue
+            for begin in range(row.num_computed, last, PROMPT_LOGPROB_ROWS):
+                end = min(begin + PROMPT_LOGPROB_ROWS, last)
+                start = first - row.num_computed
+                yield i, begin, end, torch.arange(start + begin, start + end, device=self.device)
+
     def _prompt_logprobs(
         self, plan: StepPlan, seqs: list[Sequence], batch: ForwardBatch, hidden: torch.Tensor, results: list[RowResult]
     ) -> None:
         """Logprobs of the prompt tokens that follow the fed prompt rows, for the requests that ask for them."""
-        for seq, row, first, result in zip(seqs, plan.rows, batch.first_rows, results, strict=True):
-            top = seq.params.prompt_logprobs
-            last = min(row.num_computed + row.num_new, seq.num_prompt - 1)  # the row of the last prompt token predicts output
-            if top is None or row.num_computed >= last:
-                continue
-            found: list[TokenLogprobs] = []
-            for begin in range(row.num_computed, last, PROMPT_LOGPROB_ROWS):
-                end = min(begin + PROMPT_LOGPROB_ROWS, last)
-                rows = torch.arange(first + begin - row.num_computed, first + end - row.num_computed, device=self.device)
-                found += token_logprobs(self.runner.logits(hidden, rows), seq.tokens[begin + 1 : end + 1], top)
-            result.prompt_logprobs = found
+        for i, begin, end, rows in self.prompt_rows(plan, seqs, batch):
+            found = token_logprobs(
+                self.runner.logits(hidden, rows), seqs[i].tokens[begin + 1 : end + 1], seqs[i].params.prompt_logprobs or 0
+            )
+            results[i].prompt_logprobs = [*(results[i].prompt_logprobs or []), *found]
 
-    def _commit(self, seqs: list[Sequence], rows: list[Row], results: list[RowResult]) -> None:
-        """Advance the mirror exactly as the scheduler will."""
-        for seq, row, result in zip(seqs, rows, results, strict=True):
-            seq.num_computed = row.num_computed + row.num_new + result.num_accepted
-            seq.commit(result.token_ids)
+    def advance(self, seqs: list[Sequence], rows: list[Row], token_ids: Seq[list[int]]) -> None:
+        """Bring the mirror to where the scheduler will be; token_ids [rows], empty for a row that was not judged."""
+        for seq, row, tokens in zip(seqs, rows, token_ids, strict=True):
+            seq.num_computed = row.num_computed + row.num_new + max(len(tokens) - 1, 0)
+            seq.commit(tokens)
 
 
-def _device(name: str) -> str:
-    """Raises ValueError for a GPU that is not there."""
+def judged_rows(plan: StepPlan, seqs: list[Sequence]) -> tuple[list[int], list[int]]:
+    """The rows that reach their sequence's last token, and for every row the index of its tree, -1 where there is none."""
+    judged = [i for i, (seq, row) in enumerate(zip(seqs, plan.rows, strict=True)) if row.num_new == seq.num_uncomputed]
+    trees = [-1] * len(seqs)
+    for tree, i in enumerate(judged):
+        trees[i] = tree
+    return judged, trees
+
+
+def device_of(config: EngineConfig, local_rank: int = 0) -> torch.device:
+    """Where a rank runs; local_rank: which one of its machine. Raises ValueError for a GPU that is not there."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.tensor_parallel_size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise ValueError(f"device: {name} is one GPU, and tensor_parallel_size is {config.tensor_parallel_size}: say cuda")
+        name = f"cuda:{local_rank}"
     if name.startswith("cuda") and (torch.device(name).index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: there is no {name} on this machine ({torch.cuda.device_count()} GPUs)")
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
 
 def _dtype(wanted: str, stored: str) -> torch.dtype:

@@ -66,6 +66,9 @@ class FakeEngine:
     def study(self) -> bool:
         return False
 
+    def check(self) -> None:
+        pass
+
     def has_work(self) -> bool:
         return bool(self.counts)
 

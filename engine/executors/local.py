@@ -1,10 +1,13 @@
-"""One worker in this process."""
+"""One worker in this process: all of the model, or rank 0 of it."""
 
 from __future__ import annotations
+
+import torch
 
 from engine import machine
 from engine.config import EngineConfig
 from engine.models.batch import padded_rows
+from engine.parallel import ALONE, Group
 from engine.plan import StepPlan, StepResult
 from engine.probe import Probe, run_probe
 from engine.protocols import Policy
@@ -16,8 +19,8 @@ from kernels.cpu.build import digest
 class LocalExecutor:
     """Runs each step where it was planned."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        self._worker = Worker(config)
+    def __init__(self, config: EngineConfig, group: Group = ALONE, device: torch.device | None = None) -> None:
+        self._worker = Worker(config, group, device)
         self.info = self._worker.info
 
     def guide(self, policy: Policy) -> None:

@@ -7,13 +7,16 @@ passed in, so the same model runs with any backend, and two models run side by s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
-from engine.models.layers import Head, Linear, RMSNorm, RotaryTable
+from engine.models.layers import Head, Linear, RMSNorm, RotaryTable, SplitEmbedding, SplitHead, SplitLinear
+from engine.models.sharding import Sharding, vocab_parts
+from engine.parallel import ALONE, Group
 from kernels.reference import rope_, silu_mul
 
 # attend(layer, q [T, H, D], new [T, 2, K, D], scale) -> [T, H * D]: stores the keys and values, then attends.
@@ -24,9 +27,12 @@ W = TypeVar("W")  # a tensor, or what stands for one
 
 
 class DecoderLayer:
-    """One block: norm, fused QKV, rotary, attention, output; norm, fused gate and up, down."""
+    """One block: norm, fused QKV, rotary, attention, output; norm, fused gate and up, down.
 
-    def __init__(self, index: int, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    Of several ranks each has a smaller one, and what `out` and `down` add is the sum of all of theirs.
+    """
+
+    def __init__(self, index: int, config: ModelConfig, weights: dict[str, Tensor], group: Group = ALONE) -> None:
         self.index = index
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.scale = config.head_dim**-0.5
@@ -37,9 +43,9 @@ class DecoderLayer:
             self.q_norm = RMSNorm(weights["self_attn.q_norm.weight"], config.rms_norm_eps)
             self.k_norm = RMSNorm(weights["self_attn.k_norm.weight"], config.rms_norm_eps)
         self.qkv = _fused(weights, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
-        self.out = _fused(weights, ["self_attn.o_proj"])
+        self.out = _fused(weights, ["self_attn.o_proj"], group)
         self.gate_up = _fused(weights, ["mlp.gate_proj", "mlp.up_proj"])
-        self.down = _fused(weights, ["mlp.down_proj"])
+        self.down = _fused(weights, ["mlp.down_proj"], group)
 
     def fix_order(self) -> None:
         """See Decoder.fix_order."""
@@ -68,9 +74,17 @@ class Decoder:
     """Token ids -> hidden states -> logits. Raises ValueError when a weight is missing."""
 
     def __init__(
-        self, config: ModelConfig, weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        weights: Iterable[tuple[str, Tensor]],
+        dtype: torch.dtype,
+        device: torch.device,
+        part: Sharding | None = None,
+        group: Group = ALONE,
     ) -> None:
+        """Of a rank of several: `part` says what it holds, `config` is that part's shape, `weights` are its weights."""
         self.config, self.dtype, self.device = config, dtype, device
+        self._part, self._group = part, group
         self.weight_bytes = 0
         self.layers: list[DecoderLayer] = []
         self._load(weights)
@@ -105,11 +119,16 @@ class Decoder:
         return self.head(self.norm(x))
 
     def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        self.layers, rest = gather_layers(self.config, self._cast(weights), DecoderLayer)
-        self.embedding = rest["model.embed_tokens.weight"]
+        self.layers, rest = gather_layers(self.config, self._cast(weights), partial(DecoderLayer, group=self._group))
+        embedding = rest["model.embed_tokens.weight"]
         self.norm = RMSNorm(rest["model.norm.weight"], self.config.rms_norm_eps)
         head = rest.get("lm_head.weight")
-        self.head = Head(Linear(self.embedding), self.embedding) if head is None else Head(Linear(head), None)
+        linear, rows = (Linear(embedding), embedding) if head is None else (Linear(head), None)
+        self.embedding: Tensor | SplitEmbedding = embedding
+        self.head = Head(linear, rows)
+        if self._part is not None:
+            self.embedding = SplitEmbedding(embedding, self._part.vocab[0], self._group)
+            self.head = SplitHead(linear, rows, vocab_parts(self.config, self._group.size), self._group)
 
     def _cast(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
         for name, tensor in weights:
@@ -143,14 +162,18 @@ def gather_layers(
     return [layers[i] for i in range(config.num_layers)], rest
 
 
-def _fused(weights: dict[str, Tensor], names: list[str]) -> Linear:
-    """One linear whose output is the concatenation of several; their plain weights are dropped from `weights`."""
+def _fused(weights: dict[str, Tensor], names: list[str], group: Group = ALONE) -> Linear:
+    """One linear whose output is the concatenation of several; their plain weights are dropped from `weights`.
+
+    With a group, one whose inputs are split over its ranks.
+    """
     parts = [weights.pop(f"{name}.weight") for name in names]
     biases = [weights.pop(f"{name}.bias", None) for name in names]
     present = [b for b in biases if b is not None]
     if present and len(present) != len(names):
         raise ValueError(f"only some of {names} have a bias")
-    return Linear(torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(present) if present else None)
+    weight, bias = torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(present) if present else None
+    return Linear(weight, bias) if group.size == 1 else SplitLinear(weight, bias, group)
 
 
 def _layer_tensors(config: ModelConfig) -> int:

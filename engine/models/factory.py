@@ -12,13 +12,22 @@ from engine.models.decoder import Decoder
 from engine.models.loader import iter_blocks, iter_weights
 from engine.models.native import NativeDecoder, unavailable
 from engine.models.runner import Model, PagedModel
+from engine.models.sharding import Sharding
+from engine.parallel import ALONE, Group
 
 logger = logging.getLogger(__name__)
 
 
-def load_model(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Model | PagedModel:
-    """Raises ValueError naming the reason when the checkpoint is damaged or the architecture cannot be served."""
+def load_model(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, group: Group = ALONE
+) -> Model | PagedModel:
+    """The model, or of a group of several ranks this rank's part of it (engine/models/sharding.py).
+
+    Raises ValueError naming the reason when the checkpoint is damaged or the architecture cannot be served.
+    """
     reason = model.unsupported
+    if group.size > 1:
+        return _load_part(config, model, dtype, device, group)
     if config.load_format == "transformers" or (config.load_format == "auto" and reason is not None):
         from engine.models.fallback import FallbackModel  # imports transformers: seconds, and only where it is needed
 
@@ -35,3 +44,14 @@ def load_model(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, dev
         if device.type == "cpu" and dtype == torch.bfloat16:
             logger.warning("the native CPU kernels are not used, the model will be slower: %s", why)
     return Decoder(model, iter_weights(config.model, model), dtype, device)
+
+
+def _load_part(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, group: Group) -> Decoder:
+    """Raises ValueError for what cannot be split: transformers' own code, and the native CPU kernels, which take whole layers."""
+    reason = "load_format is transformers" if config.load_format == "transformers" else model.unsupported
+    if reason is not None:
+        raise ValueError(f"tensor_parallel_size: the native decoder can be split, but it does not serve this model: {reason}")
+    if config.cpu_kernels == "native":
+        raise ValueError("tensor_parallel_size: cpu_kernels native cannot be split over ranks; torch's kernels can")
+    part = Sharding.of(model, group.rank, group.size)
+    return Decoder(part.config, iter_weights(config.model, model, part=part), dtype, device, part, group)

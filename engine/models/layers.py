@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.batch import padded_rows
+from engine.parallel import Group
 from kernels.interpreter import interpreted
 
 
@@ -60,6 +61,32 @@ class Linear:
         return self(x).add_(addend)
 
 
+class SplitLinear(Linear):
+    """A linear whose inputs are split over the ranks: what it gives is the sum of all of theirs."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, group: Group) -> None:
+        super().__init__(weight, bias)
+        self._group = group
+
+    def add_to(self, x: Tensor, addend: Tensor) -> Tensor:
+        return self._group.reduce(self(x)).add_(addend)
+
+
+class SplitEmbedding:
+    """A rank's range of the embedding's rows; the row of a token comes from the one rank that has it, the others add zeros."""
+
+    def __init__(self, rows: Tensor, first: int, group: Group) -> None:
+        """rows [own vocabulary, C], the first of them token `first`'s."""
+        self.rows, self.first, self._group = rows, first, group
+
+    def index_select(self, dim: int, token_ids: Tensor) -> Tensor:
+        """token_ids [T] -> [T, C]; dim is 0."""
+        own = token_ids - self.first
+        foreign = (own < 0) | (own >= len(self.rows))
+        found = self.rows.index_select(dim, own.masked_fill(foreign, 0)).masked_fill_(foreign.unsqueeze(1), 0)
+        return self._group.reduce(found)
+
+
 class Head:
     """The LM head: hidden states [R, C] -> float32 logits [R, V].
 
@@ -67,6 +94,8 @@ class Head:
     order, so only exact ties at the top are undecided; those few are computed again in float32 from `rows`, the weight
     [V, C] as it was before packing (the embedding, where the two are tied). Without it ties go to the lowest id.
     """
+
+    LEAST_TIED = 2  # best tokens that are computed again
 
     def __init__(self, linear: Linear, rows: Tensor | None) -> None:
         self.linear = linear
@@ -81,15 +110,30 @@ class Head:
             self._settle(logits, x, self.rows)
         return logits
 
-    @staticmethod
-    def _settle(logits: Tensor, x: Tensor, weight: Tensor) -> None:
+    def _settle(self, logits: Tensor, x: Tensor, weight: Tensor) -> None:
         # Row by row in numpy: torch's own maximum and comparison over a vocabulary are many times slower on a CPU.
         values = logits.numpy()
         for row in range(len(values)):
             tied = np.flatnonzero(values[row] == values[row].max())
-            if len(tied) > 1:
+            if len(tied) >= self.LEAST_TIED:
                 ids = torch.from_numpy(tied)
                 logits[row, ids] = weight.index_select(0, ids).float() @ x[row].float()
+
+
+class SplitHead(Head):
+    """A rank's range of the vocabulary; rank 0 gets everybody's logits [R, V], the others keep to their own columns.
+
+    A rank does not know whether the others reach its best tokens, so these are always computed again.
+    """
+
+    LEAST_TIED = 1
+
+    def __init__(self, linear: Linear, rows: Tensor | None, widths: list[int], group: Group) -> None:
+        super().__init__(linear, rows)
+        self._widths, self._group = widths, group
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._group.gather(super().__call__(x), self._widths)
 
 
 class RMSNorm:

@@ -20,6 +20,7 @@ from engine.models.config import ModelConfig, is_native
 from engine.models.gguf import gguf_config, iter_gguf, iter_gguf_blocks
 from engine.models.quantized import Blocks
 from engine.models.shapes import expected_shapes
+from engine.models.sharding import Sharding
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = ("BF16", "F16", "F32")
@@ -42,10 +43,13 @@ def load_config(path: str) -> ModelConfig:
         return gguf_config(file)
 
 
-def iter_weights(path: str, config: ModelConfig, dtype: torch.dtype = torch.bfloat16) -> Iterator[tuple[str, Tensor]]:
-    """Every weight as (Hugging Face name, tensor that owns its memory), one tensor at a time.
+def iter_weights(
+    path: str, config: ModelConfig, dtype: torch.dtype = torch.bfloat16, part: Sharding | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Every weight, or a rank's part of it, as (Hugging Face name, tensor that owns its memory), one tensor at a time.
 
-    safetensors come in their stored type; GGUF is dequantized into `dtype`. A tied `lm_head.weight` is left out. Raises
+    safetensors come in their stored type, and no more of them is read than the part; GGUF is dequantized into `dtype`, then cut.
+    `config` is the whole model's, which the file is checked against. A tied `lm_head.weight` is left out. Raises
     ValueError for a config the native decoder cannot run and for a missing, unexpected or duplicate tensor, one of the
     wrong shape or type, and a truncated or foreign file.
     """
@@ -53,10 +57,11 @@ def iter_weights(path: str, config: ModelConfig, dtype: torch.dtype = torch.bflo
         raise ValueError(f"{path}: {config.unsupported}")
     place = Path(path)
     if place.is_dir():
-        yield from _iter_directory(place, config)
+        yield from _iter_directory(place, config, part)
     else:
         with _open_gguf(place) as file:
-            yield from iter_gguf(file, config, dtype)
+            for name, weight in iter_gguf(file, config, dtype):
+                yield name, weight if part is None else part.cut(name, weight)
 
 
 def iter_blocks(path: str, config: ModelConfig) -> Iterator[tuple[str, Tensor | Blocks]]:
@@ -89,7 +94,7 @@ def _open_gguf(path: Path) -> GGUFFile:
         raise ValueError(f"{path}: {error.strerror or error}") from None
 
 
-def _iter_directory(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+def _iter_directory(folder: Path, config: ModelConfig, part: Sharding | None) -> Iterator[tuple[str, Tensor]]:
     shapes = expected_shapes(config)
     files = _shards(folder)
     for file in files:  # all headers before the first tensor
@@ -98,7 +103,7 @@ def _iter_directory(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Te
     if missing:
         raise ValueError(f"{folder}: tensor {min(missing)} is missing ({len(missing)} in all)")
     for file in files:
-        yield from file.read()
+        yield from file.read(part)
 
 
 class _Shard:
@@ -114,16 +119,18 @@ class _Shard:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.path} is not a whole safetensors file: {error}") from None
 
-    def read(self) -> Iterator[tuple[str, Tensor]]:
+    def read(self, part: Sharding | None) -> Iterator[tuple[str, Tensor]]:
         left = list(reversed(self.wanted))
         while left:
             with self.open() as file:
                 mapped = 0
                 while left and mapped < _MAPPED_BYTES:
                     name = left.pop()
-                    tensor = file.get_tensor(name).clone()
+                    index = part.index(name) if part is not None else None
+                    view = file.get_tensor(name) if index is None else file.get_slice(name)[index]
+                    tensor = view.clone(memory_format=torch.contiguous_format)
                     mapped += tensor.nbytes
-                    yield name, tensor
+                    yield name, tensor if part is None else part.settle(name, tensor)
 
 
 def _check_header(shard: _Shard, shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
