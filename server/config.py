@@ -72,7 +72,12 @@ class ServerConfig(BaseSettings):
     gpu_memory_utilization: float = Field(_ENGINE.gpu_memory_utilization, gt=0, le=1, description="share of the GPU's memory")
     kv_cache_memory_bytes: int | None = Field(_ENGINE.kv_cache_memory_bytes, ge=1, description="size of each engine's KV cache")
     enable_prefix_caching: bool = Field(_ENGINE.enable_prefix_caching, description="reuse the KV of equal prompt beginnings")
-    tensor_parallel_size: int = Field(_ENGINE.tensor_parallel_size, ge=1, description="number of GPUs (only 1 today)")
+    tensor_parallel_size: int = Field(
+        _ENGINE.tensor_parallel_size, ge=1, le=64, description="split the model over so many GPUs, or processes on a CPU"
+    )
+    rank_timeout: float = Field(
+        _ENGINE.rank_timeout, gt=0, description="seconds that one of them may keep the others waiting until the engine is restarted"
+    )
     data_parallel_size: int = Field(1, ge=1, description="engines behind this server, each with all of the model (a GPU each)")
     num_threads: int | None = Field(
         _ENGINE.num_threads, ge=1, description="CPU threads of each engine (default: all cores, shared out among the engines)"
@@ -112,13 +117,6 @@ class ServerConfig(BaseSettings):
     drafter_memory_bytes: int = Field(
         _ENGINE.drafter_memory_bytes, ge=1, description="most memory of each kind of state that drafters share"
     )
-
-    @field_validator("tensor_parallel_size")
-    @classmethod
-    def _one_rank(cls, value: int) -> int:
-        if value != 1:
-            raise ValueError("only 1 is supported")
-        return value
 
     @field_validator("data_parallel_size")
     @classmethod

@@ -80,9 +80,6 @@ def test_every_setting_of_the_engine_has_a_flag_that_reaches_it(name: str) -> No
         "cpu_weights": ["--cpu-weights", "bfloat16"],
         "attention_backend": ["--attention-backend", "triton"],
     }.get(name, [flag(name), "7"])
-    if name == "tensor_parallel_size":
-        assert complaint(*argv) == "--tensor-parallel-size: only 1 is supported (got '7')"
-        return
     assert getattr(parse(argv).engine_config("m"), name) != value
 
 
