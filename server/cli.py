@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 USAGE = """\
 usage: outrider serve [MODEL] [flags]     serve a model over the OpenAI API (outrider serve --help)
+       outrider serve --check [--device-memory 80GiB] [MODEL] [flags]
+                                         check the settings and the memory they take, and start nothing
        outrider datastore build FILES... --model MODEL --out FILE
                                          a text for drafter rest to look up (outrider datastore --help)
        outrider verify-lossless [MODEL]  compare answers with and without speculation (outrider verify-lossless --help)
@@ -25,10 +27,14 @@ usage: outrider serve [MODEL] [flags]     serve a model over the OpenAI API (out
 
 
 def serve(argv: Sequence[str]) -> int:
-    from server.config import ConfigError, parse
+    from server import check
+    from server.config import ConfigError
 
     try:
-        config, model = located(parse(argv))
+        config, dry = check.parse(argv)
+        config, model = located(config, download=dry is None)
+        if dry is not None:
+            return check.run(config, model, dry)
     except ValueError as error:
         return fail(str(error), "see outrider serve --help" if isinstance(error, ConfigError) else "")
     setup_logging(config.log_level)
@@ -69,13 +75,13 @@ def verify_lossless(argv: Sequence[str]) -> int:
         return fail(str(error))
 
 
-def located(config: ServerConfig) -> tuple[ServerConfig, ResolvedModel]:
+def located(config: ServerConfig, *, download: bool = True) -> tuple[ServerConfig, ResolvedModel]:
     """The settings with local paths for their models. Raises ValueError when there is no such model."""
     from server.resolve import resolve
 
-    model = resolve(config.model)
+    model = resolve(config.model, download=download)
     if config.draft_model is not None:
-        config = config.model_copy(update={"draft_model": resolve(config.draft_model).path})
+        config = config.model_copy(update={"draft_model": resolve(config.draft_model, download=download).path})
     return config, model
 
 

@@ -91,6 +91,7 @@ class ServerConfig(BaseSettings):
     attention_backend: Literal["auto", "triton", "reference"] = Field(
         _ENGINE.attention_backend, description="auto: triton on a GPU, reference on a CPU (there triton is for tests)"
     )
+    enforce_eager: bool = Field(_ENGINE.enforce_eager, description="no CUDA graphs: launch every kernel of every step anew")
     deterministic: bool = Field(
         _ENGINE.deterministic, description="not a bit depends on company or drafts; on a CPU the native kernels are so anyway"
     )
@@ -211,9 +212,14 @@ def _help(field: FieldInfo) -> str:
 
 def parse(argv: Sequence[str], prog: str = "outrider serve") -> ServerConfig:
     """The settings from command line, environment and YAML. Raises ConfigError; --help prints and exits."""
+    return settings(serve_parser(prog), argv)[0]
+
+
+def serve_parser(prog: str = "outrider serve") -> argparse.ArgumentParser:
+    """The flags of `outrider serve` that are settings. More may be added."""
     parser = _Parser(prog=prog, description="Serve a model over the OpenAI API.", allow_abbrev=False)
     add_flags(parser, ServerConfig.model_fields)
-    return settings(parser, argv)[0]
+    return parser
 
 
 def engine_parser(prog: str, description: str) -> argparse.ArgumentParser:

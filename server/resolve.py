@@ -19,8 +19,11 @@ class ResolvedModel(NamedTuple):
     name: str  # what clients call it unless --served-model-name says otherwise
 
 
-def resolve(model: str | None) -> ResolvedModel:
-    """Raises ValueError, one line fit for the operator, when there is no such model."""
+def resolve(model: str | None, *, download: bool = True) -> ResolvedModel:
+    """Raises ValueError, one line fit for the operator, when there is no such model.
+
+    download=False: of a hub model, what lies in the hub's cache will do, weights or none.
+    """
     if model is None:
         return ResolvedModel(str(_default()), DEFAULT_NAME)
     path = Path(model).expanduser()
@@ -32,7 +35,7 @@ def resolve(model: str | None) -> ResolvedModel:
         return ResolvedModel(str(path), _QUANTIZATION.sub("", path.stem))
     if path.suffix == ".gguf" or model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model):
         raise ValueError(f"no such model: {model}")
-    return ResolvedModel(_download(model), model)
+    return ResolvedModel(_download(model) if download else _cached(model), model)
 
 
 def _directory_name(path: Path) -> str:
@@ -47,6 +50,15 @@ def _default() -> Path:
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
     raise ValueError(f"no MODEL given, and the default one is not installed (package {DEFAULT_PACKAGE.replace('_', '-')})")
+
+
+def _cached(model: str) -> str:
+    from huggingface_hub import try_to_load_from_cache  # 0.3 s that a local model need not pay
+
+    config = try_to_load_from_cache(model, "config.json")
+    if not isinstance(config, str):
+        raise ValueError(f"no such model here, and a check downloads nothing: {model} (its config.json would do)")
+    return str(Path(config).parent)
 
 
 def _download(model: str) -> str:
