@@ -77,7 +77,7 @@ class Route:
     def __init__(self, index: int, engine: Engine) -> None:
         self.index = index
         self.engine = engine
-        self.owed = 0.0  # tokens
+        self.owed = 0  # tokens
         self.in_flight = 0
         self.requests = 0
         self.prompt_tokens = 0
@@ -104,8 +104,8 @@ class Placement:
         self._n = request.n
         self._tokens = 0
         self._open = request.n  # samples
-        self._owed = 0.0
-        self._answers = request.n * min(router.answer_length, request.params.max_tokens)
+        self._owed = 0
+        self._answers = request.n * min(round(router.answer_length), request.params.max_tokens)
         route.in_flight += 1
         self._owe(lacking + self._answers)
 
@@ -116,12 +116,12 @@ class Placement:
         self._owe(max(self._answers - self._tokens, self._open))
 
     def end(self) -> None:
-        self._owe(0.0)
+        self._owe(0)
         self._route.in_flight -= 1
         if self._tokens:
             self._router.answer_length += MEMORY * (self._tokens / self._n - self._router.answer_length)
 
-    def _owe(self, tokens: float) -> None:
+    def _owe(self, tokens: int) -> None:
         self._route.owed += tokens - self._owed
         self._owed = tokens
 
@@ -144,7 +144,7 @@ class Router:
         ready = [route for route in self.routes if route.engine.ready] or self.routes
         known = {route.index: self.block_size * min(route.prefixes.match(digests), most) for route in ready}
 
-        def score(route: Route) -> tuple[float, int, int, int]:
+        def score(route: Route) -> tuple[int, int, int, int]:
             return size - known[route.index] + route.owed, route.in_flight, len(route.prefixes), route.requests
 
         best = min(ready, key=score)

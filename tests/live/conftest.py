@@ -28,10 +28,13 @@ class Server:
 
     def engine(self) -> psutil.Process:
         """The engine's process."""
-        return next(
-            child
-            for child in psutil.Process(self.process.pid).children(recursive=True)
-            if "engine.loop" in " ".join(child.cmdline())
+        return self.engines()[0]
+
+    def engines(self) -> list[psutil.Process]:
+        """The processes of all engines, the oldest first."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        return sorted(
+            (child for child in family if "engine.loop" in " ".join(child.cmdline())), key=lambda child: child.create_time()
         )
 
 

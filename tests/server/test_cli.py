@@ -57,7 +57,9 @@ def test_wrong_commands_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert "see outrider --help" in complaint(capsys, "xyzzy")
     assert complaint(capsys, "serve", "--prot", "1").endswith("did you mean --port?")
     assert complaint(capsys, "serve", "--seed", "x").endswith("see outrider serve --help")
-    assert "--tensor-parallel-size: only 1 is supported" in complaint(capsys, "serve", "--tensor-parallel-size", "2")
+    assert "--data-parallel-size: Input should be greater than or equal to 1" in complaint(
+        capsys, "serve", "--data-parallel-size", "0"
+    )
 
 
 def test_models_that_are_not_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -151,3 +153,22 @@ def test_the_ready_line_says_what_an_operator_wants_to_know() -> None:
     assert "\n" not in line
     assert "LOSSY" not in line
     assert "LOSSY" in ready_line("u", "m", fake_info(lossless=False))
+
+
+def test_the_ready_line_tells_engines_apart_where_they_differ() -> None:
+    one, other = fake_info(num_blocks=1000, block_size=16), fake_info(num_blocks=500, block_size=16, load_seconds=2.5)
+    line = ready_line("u", "m", one, one)
+    assert "engines=2 memory of each: " in line
+    assert line.count("16,000 tokens") == 1
+    line = ready_line("u", "m", one, other)
+    assert "16,000 tokens" in line.partition("engine 0: ")[2].partition("engine 1: ")[0]
+    assert "8,000 tokens" in line.partition("engine 1: ")[2]
+    assert line.endswith("loaded in 2.5 s")
+
+
+def test_engines_without_a_gpu_each(
+    capsys: pytest.CaptureFixture[str], smollm2_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    flags = ["--port", "0", "--device", "cuda", "--data-parallel-size", "2"]
+    assert "--data-parallel-size: 2 engines need 2 GPUs, and there are 1" in complaint(capsys, "serve", str(smollm2_gguf), *flags)
