@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from server import init
+
 if TYPE_CHECKING:
     from server.config import ServerConfig
     from server.resolve import ResolvedModel
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         close = difflib.get_close_matches(args[0], COMMANDS, n=1)
         return fail(f"unknown command {args[0]}", f"did you mean {close[0]}?" if close else "see outrider --help")
-    return command(args[1:])
+    return init.run(lambda: command(args[1:]))
 
 
 def fail(message: str, hint: str = "") -> int:
