@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import Response
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from starlette.exceptions import HTTPException
 
 from server import health
@@ -30,8 +30,8 @@ router = APIRouter()
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    encode, media_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(frontend(request).metrics.registry), media_type=media_type)
+    # Prometheus would rather have OpenMetrics, and prometheus-client 0.26 then writes `outrider_` instead of `outrider:`.
+    return Response(generate_latest(frontend(request).metrics.registry), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 
 def create_app(config: ServerConfig, client: Fleet, tokenizer: Tokenizer) -> FastAPI:

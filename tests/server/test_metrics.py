@@ -70,8 +70,18 @@ async def test_every_name_is_there_from_the_start(api: Api) -> None:
     text = (await api.http.get("/metrics")).text
     assert "process_resident_memory_bytes" in text
     assert all(f"# HELP {PREFIX}{name} " in text for name in HISTOGRAMS)
-    open_metrics = await api.http.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
-    assert open_metrics.text.endswith("# EOF\n")
+
+
+async def test_prometheus_gets_the_names_that_everybody_else_gets(api: Api) -> None:
+    plain = await api.http.get("/metrics")
+    accept = (
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,application/openmetrics-text;version=1.0.0;q=0.5,"
+        "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.2,*/*;q=0.1"
+    )
+    scraped = await api.http.get("/metrics", headers={"accept": accept})
+    assert scraped.headers["content-type"] == plain.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert [line.split(" ")[0] for line in scraped.text.splitlines()] == [line.split(" ")[0] for line in plain.text.splitlines()]
+    assert 'outrider:engine_ready{model_name="fake"} 1.0' in scraped.text
 
 
 async def test_the_engine_s_numbers(api: Api) -> None:
