@@ -117,14 +117,17 @@ async def test_every_query_of_the_dashboard_has_an_answer(server: Server, promet
 async def test_prometheus_evaluates_every_alert_and_none_fires_on_a_healthy_server(prometheus: str) -> None:
     async with httpx.AsyncClient(base_url=prometheus, timeout=30) as http:
 
+        async def scraped() -> bool | None:
+            targets = (await http.get("/api/v1/targets")).json()["data"]["activeTargets"]
+            return True if [target["health"] for target in targets] == ["up"] else None
+
         async def evaluated() -> list[dict[str, Any]] | None:
             groups = (await http.get("/api/v1/rules")).json()["data"]["groups"]
             rules = [rule for group in groups for rule in group["rules"]]
             return rules if rules and all(rule["health"] != "unknown" for rule in rules) else None
 
+        await until(scraped)
         rules = await until(evaluated)
         assert {rule["name"] for rule in rules} == alerts().keys()
         assert {rule["name"]: rule.get("lastError") for rule in rules if rule["health"] != "ok"} == {}
         assert [rule["name"] for rule in rules if rule["state"] == "firing"] == []
-        targets = (await http.get("/api/v1/targets")).json()["data"]["activeTargets"]
-        assert [target["health"] for target in targets] == ["up"]
