@@ -58,6 +58,13 @@ class GPUMemory:
         torch.cuda.synchronize(self.device)
         return max(torch.cuda.max_memory_allocated(self.device) - before, 0)
 
+    def taken_by(self, make: Callable[[], object]) -> int:
+        """What is free before `make` and no more after it, whoever holds it."""
+        before, _ = self.free_and_total()
+        make()
+        torch.cuda.synchronize(self.device)
+        return max(before - self.free_and_total()[0], 0)
+
 
 def plan_memory(
     config: EngineConfig,
@@ -67,19 +74,22 @@ def plan_memory(
     device: torch.device,
     draft_bytes_per_block: int = 0,
     largest_step: Callable[[], object] | None = None,
-    graph_bytes: int = 0,
+    graph_bytes: int | Callable[[GPUMemory], int] = 0,
     memory: GPUMemory | None = None,
 ) -> MemoryPlan:
     """`weight_bytes` of all models, for the record; a block costs its share of a drafter's own KV too.
 
-    On a GPU `largest_step` is run to see what it takes; its own small cache may be counted. Raises ValueError, with the numbers,
-    when not even one block fits or --max-model-len cannot be kept.
+    On a GPU `largest_step` is run to see what it takes; its own small cache may be counted. `graph_bytes`: what recorded steps
+    keep, or how to find out. Raises ValueError, with the numbers, when not even one block fits or --max-model-len cannot be kept.
     """
     per_block = KVCache.bytes_per_block(model.num_layers, model.num_kv_heads, config.block_size, model.head_dim, dtype)
     per_block += draft_bytes_per_block
     workspace = 0
     if device.type == "cuda":
         memory = memory or GPUMemory(device)
+        if callable(graph_bytes):
+            with out_of_memory(device, "the captured graphs (--enforce-eager does without)", memory):
+                graph_bytes = graph_bytes(memory)
         if largest_step is not None:
             with out_of_memory(device, "the largest step (max_num_batched_tokens)", memory):
                 workspace = memory.peak_of(largest_step)

@@ -41,7 +41,7 @@ from engine.successors import Successors
 from engine.target_law import TargetLaw
 from engine.tree import DraftForest, Verdict
 from engine.verification import Verification
-from engine.workspace import run_largest
+from engine.workspace import graph_bytes, record_graphs, run_largest
 
 logger = logging.getLogger("outrider.engine")
 
@@ -85,7 +85,8 @@ class Worker:
         weight_bytes = model.weight_bytes + (draft_model.weight_bytes if draft_model else 0)
         draft_bytes = draft_model.bytes_per_block if draft_model else 0
         largest = partial(run_largest, config, model, shape, dtype, self.device, fixed_split)
-        self.memory = self._agreed(plan_memory(config, shape, weight_bytes, dtype, self.device, draft_bytes, largest))
+        graphs = partial(graph_bytes, config, model, shape, dtype, self.device, fixed_split, drafters)
+        self.memory = self._agreed(plan_memory(config, shape, weight_bytes, dtype, self.device, draft_bytes, largest, graphs))
         if self.device.type == "cuda":
             logger.info("memory: %s", self.memory)
         blocks, backend = self.memory.num_blocks, config.attention_backend
@@ -100,6 +101,8 @@ class Worker:
         self.target_law = TargetLaw(shape.vocab_size, self.eos_ids, self.device)
         if device_rules.has_kernels(self.device):
             self._warm_up()
+        with out_of_memory(self.device, "the captured graphs (--enforce-eager does without)"):
+            record_graphs(config, shape, self.runner, self.memory, drafters)
         self.policy: Policy = registry.make_policy("fixed")
         self.drafting = Drafting(drafters, shape.vocab_size)
         self.seqs: dict[int, Sequence] = {}

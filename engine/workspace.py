@@ -6,14 +6,25 @@ one: contexts are read out of one block over and over, which takes as long and a
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
 from engine.config import EngineConfig
 from engine.draft_runner import make_runner
+from engine.graphs import Graphs, Recorder, make_graphs, why_not
+from engine.memory import GPUMemory, MemoryPlan
 from engine.models.batch import ForwardBatch
 from engine.models.config import ModelConfig
-from engine.models.runner import Model, PagedModel
+from engine.models.runner import Model, ModelRunner, PagedModel
+from engine.protocols import Drafter
+
+logger = logging.getLogger("outrider.engine")
+
+SAMPLES = 4  # recordings that tell what a further one takes
 
 
 def largest_batch(config: EngineConfig, shape: ModelConfig, device: torch.device) -> ForwardBatch:
@@ -67,3 +78,64 @@ def run_largest(
     logits = runner.node_logits(hidden, batch)
     scores = logits.float().clone()
     return tuple(torch.empty_like(scores).shape)
+
+
+def graph_bytes(
+    config: EngineConfig,
+    model: Model | PagedModel,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    fixed_split: int,
+    drafters: Iterable[Drafter],
+    memory: GPUMemory,
+    recorder: Recorder | None = None,
+) -> int:
+    """What the recorded steps of an engine will keep. The largest is recorded, and a few others, over a cache of one block.
+
+    `recorder`: of a device that is none (tests).
+    """
+    runner = make_runner(model, shape, 1, config.block_size, dtype, device, config.attention_backend, fixed_split)
+    made: list[Graphs] = []
+
+    def record_largest() -> None:
+        graphs = make_graphs(config, shape, runner, taps(drafters), recorder)
+        if graphs is not None:
+            made.append(graphs)
+            graphs.record(graphs.buckets[:1])
+
+    largest = memory.taken_by(record_largest)
+    if not made or len(made[0].buckets) == 1:
+        return largest if made else 0
+    rest = made[0].buckets[1:]
+    sample = rest[:: -(-len(rest) // SAMPLES)]
+    return largest + -(-memory.taken_by(lambda: made[0].record(sample)) * len(rest) // len(sample))
+
+
+def record_graphs(
+    config: EngineConfig,
+    shape: ModelConfig,
+    runner: ModelRunner,
+    plan: MemoryPlan,
+    drafters: Iterable[Drafter],
+    memory: GPUMemory | None = None,
+    recorder: Recorder | None = None,
+) -> None:
+    """Record every step that can be, and let the runner use them. Nothing is recorded later, and nobody may be served yet."""
+    graphs = make_graphs(config, shape, runner, taps(drafters), recorder)
+    if graphs is None:
+        if runner.device.type == "cuda":
+            logger.info("graphs: no step is recorded: %s", why_not(config, runner))
+        return
+    started = time.perf_counter()
+    taken = (memory or GPUMemory(runner.device)).taken_by(graphs.record)
+    runner.graphs = graphs
+    logger.info(
+        "graphs: %d steps of up to %d tokens recorded in %.1f s, %.0f MB (planned: %.0f MB)",
+        len(graphs.buckets), graphs.buckets[0].tokens, time.perf_counter() - started, taken / 1e6, plan.graph_bytes / 1e6,
+    )  # fmt: skip
+
+
+def taps(drafters: Iterable[Drafter]) -> tuple[int, ...]:
+    """Layers whose hidden states some drafter wants."""
+    return tuple(sorted({layer for drafter in drafters for layer in drafter.needs.hidden_layers}))

@@ -25,6 +25,8 @@ MOST_PARTIAL_BYTES = 256 << 20  # of the parts' unmerged answers, where a fixed 
 class TritonRoom:
     """For the largest step; smaller ones take the beginning of everything. heads: query heads, key heads, head size."""
 
+    name = "triton"
+
     def __init__(
         self,
         heads: tuple[int, int, int],

@@ -6,7 +6,6 @@ import torch
 
 from engine import machine
 from engine.config import EngineConfig
-from engine.models.batch import padded_rows
 from engine.parallel import ALONE, Group
 from engine.plan import StepPlan, StepResult
 from engine.probe import Probe, run_probe
@@ -34,7 +33,7 @@ class LocalExecutor:
         return machine.describe(self._worker.device) | own
 
     def tier(self, tokens: int) -> int:
-        return tokens if self._worker.runner.scratch_slot is None else padded_rows(tokens)
+        return self._worker.runner.tier(tokens)
 
     def probe(self, probe: Probe) -> float:
         return run_probe(self._worker, probe)

@@ -83,15 +83,15 @@ class Tables(Protocol):
 class Recordable(Protocol):
     """An attention backend whose steps can be recorded once and run again."""
 
-    name: str
-
     def room(self, most: Bucket, longest: int, device: torch.device) -> Room:
         """For steps of up to `most` and contexts of up to `longest` keys, a step's own rows among them."""
         ...
 
 
 class Room(Protocol):
-    """The memory that all of a model's recorded steps share."""
+    """The memory that all of a model's recorded steps share. `name`: of the backend that attends in them."""
+
+    name: str
 
     def tables(self, bucket: Bucket, slots: Tensor, positions: Tensor) -> Tables:
         """slots, positions [tokens] int64 of the bucket's rows, where the step will find them."""
@@ -101,7 +101,10 @@ class Room(Protocol):
 class Replays(Protocol):
     """Recorded steps (engine/graphs.py)."""
 
-    attention: str  # name of the backend in them
+    @property
+    def attention(self) -> str:
+        """Name of the backend in them."""
+        ...
 
     def forward(self, batch: ForwardBatch, hidden_layers: tuple[int, ...]) -> tuple[Tensor, dict[int, Tensor]] | None:
         """As ModelRunner.forward; None: no recorded step fits. The hidden states are overwritten by the next call."""

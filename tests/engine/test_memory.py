@@ -57,6 +57,26 @@ def test_the_cache_gets_what_the_share_leaves_of_what_is_free() -> None:
     assert str(found).startswith("weights 16,000 MB, a step 2,000 MB, graphs 1,000 MB, KV 102,")
 
 
+def test_what_graphs_keep_may_be_found_out_first() -> None:
+    told: list[GPUMemory] = []
+    gpu = Told(free=120 * GB, total=140 * GB, peak=2 * GB)
+    config = EngineConfig(model="m")
+
+    def found_out(memory: GPUMemory) -> int:
+        told.append(memory)
+        return 3 * GB
+
+    found = plan_memory(config, SHAPE, 16 * GB, BF16, GPU, graph_bytes=found_out, memory=gpu)
+    assert told == [gpu] and found == plan_memory(config, SHAPE, 16 * GB, BF16, GPU, graph_bytes=3 * GB, memory=gpu)
+
+    def too_many(memory: GPUMemory) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(ValueError, match=r"^device: the captured graphs \(--enforce-eager does without\) do not fit into cuda"):
+        plan_memory(config, SHAPE, 16 * GB, BF16, GPU, graph_bytes=too_many, memory=gpu)
+    assert plan_memory(config, SHAPE, 16 * GB, BF16, CPU, graph_bytes=too_many).graph_bytes == 0
+
+
 def test_more_than_all_sequences_could_use_is_not_taken() -> None:
     found = plan(Told(free=120 * GB, total=140 * GB), max_num_seqs=2, max_model_len=4096)
     assert (found.num_blocks, found.max_model_len) == (2 * 4096 // 16, 4096)
