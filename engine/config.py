@@ -21,6 +21,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory_bytes: int | None = None  # None: by --gpu-memory-utilization on a GPU, a share of RAM on a CPU
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = 1  # ranks that share the model, each a process
+    distributed_executor_backend: Literal["mp", "ray"] = "mp"  # ranks: processes of this machine, or actors of a Ray cluster
     rank_timeout: float = 30.0  # seconds that one rank may keep the others waiting until the engine is restarted
     drafters: list[str] = msgspec.field(default_factory=lambda: ["prediction", "suffix", "token_recycling"])
     verifier: str = "match"

@@ -78,6 +78,9 @@ class ServerConfig(BaseSettings):
     rank_timeout: float = Field(
         _ENGINE.rank_timeout, gt=0, description="seconds that one of them may keep the others waiting until the engine is restarted"
     )
+    distributed_executor_backend: Literal["mp", "ray"] = Field(
+        _ENGINE.distributed_executor_backend, description="where the ranks are: processes here, or actors of a Ray cluster"
+    )
     data_parallel_size: int = Field(1, ge=1, description="engines behind this server, each with all of the model (a GPU each)")
     num_threads: int | None = Field(
         _ENGINE.num_threads, ge=1, description="CPU threads of each engine (default: all cores, shared out among the engines)"
@@ -242,10 +245,10 @@ def settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> tuple[Serv
     try:
         return ServerConfig(**ours), {name: value for name, value in vars(flags).items() if name not in ours}
     except ValidationError as error:
-        raise ConfigError(_first(error)) from None
+        raise ConfigError(first_complaint(error)) from None
 
 
-def _first(error: ValidationError) -> str:
+def first_complaint(error: ValidationError) -> str:
     """The first complaint in one line that names the flag."""
     detail = error.errors(include_url=False)[0]
     name = str(detail["loc"][0]) if detail["loc"] else "configuration"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from engine.config import EngineConfig
 from engine.protocols import Executor
 
@@ -12,6 +14,12 @@ def make_executor(config: EngineConfig) -> Executor:
         from engine.executors.local import LocalExecutor
 
         return LocalExecutor(config)
+    if config.distributed_executor_backend == "ray":
+        if find_spec("ray") is None:
+            raise ValueError("distributed_executor_backend: ray is not installed: pip install 'outrider[ray]'")
+        from engine.executors.ray import RayExecutor
+
+        return RayExecutor(config)
     from engine.executors.multiproc import MultiprocExecutor
 
     return MultiprocExecutor(config)
