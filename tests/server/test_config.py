@@ -75,6 +75,7 @@ def test_every_setting_of_the_engine_has_a_flag_that_reaches_it(name: str) -> No
         "profile": ["--no-profile"],
         "lossy": ["--lossy"],
         "deterministic": ["--deterministic"],
+        "enforce_eager": ["--enforce-eager"],
         "load_format": ["--load-format", "native"],
         "cpu_kernels": ["--cpu-kernels", "torch"],
         "cpu_weights": ["--cpu-weights", "bfloat16"],
