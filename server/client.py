@@ -38,7 +38,8 @@ class _Stream:
 
 
 class EngineClient:
-    """`info` and `stats` are the engine's latest words; `on_stats`, if set, is called with every new `stats`.
+    """`info` and `stats` are the engine's latest words; `on_stats`, if set, is called with every new `stats`. `gives_up` is
+    asked when the engine has failed to start again and again.
 
     `ready`: the engine takes requests now. `live`: it does, or it is being started; false means for good.
     """
@@ -58,9 +59,10 @@ class EngineClient:
         self.stats = EngineStats()
         self.ready = False
         self.on_stats: Callable[[EngineStats], None] | None = None
+        self.gives_up: Callable[[], bool] = lambda: True
         self._config = config
         self._options: dict[str, Any] = {"watchdog_timeout": watchdog_timeout, "log_level": log_level, "command": command}
-        self._options |= {"environment": environment, "number": number}
+        self._options |= {"environment": environment, "number": number, "gives_up": lambda: self.gives_up()}
         self._supervisor: Supervisor | None = None
         self._streams: dict[str, _Stream] = {}  # by wire id
         self._wire_ids: dict[str, str] = {}  # request id -> wire id

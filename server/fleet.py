@@ -35,6 +35,8 @@ class Fleet:
         self._one_first = one_first
         self._where: dict[str, EngineClient] = {}  # by request id
         self._others: asyncio.Task[None] | None = None
+        for engine in self.engines:  # while others serve, whoever fails to come back may try for ever
+            engine.gives_up = lambda: not self.ready
 
     @classmethod
     def of(

@@ -12,11 +12,12 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from engine.messages import FromEngine, ToEngine
+from engine.messages import FromEngine, Ready, ToEngine
 
 logger = logging.getLogger("outrider.link")
 
 HIGH_WATER_MARK = 10_000  # messages
+CONNECT_SECONDS = 0.001  # between two looks
 MAX_PATH = 100  # bytes; the kernel's limit for a socket's path is 107
 
 
@@ -75,6 +76,15 @@ class Link:
             except msgspec.DecodeError as error:
                 logger.error("dropped a message of %d bytes from the engine: %s", len(raw), error)
                 continue
+            self._hand_over(message)
+
+    def _hand_over(self, message: FromEngine) -> None:
+        """Ready not before there is a way back: ZeroMQ makes the two connections in any order, and sends nothing without one."""
+        if not self._open:
+            return
+        if isinstance(message, Ready) and not self._push.poll(0, zmq.POLLOUT):
+            self._loop.call_later(CONNECT_SECONDS, self._hand_over, message)
+        else:
             self._receive(message)
 
     async def drain_rest(self) -> None:

@@ -46,7 +46,7 @@ class Supervisor:
     """`receive` gets every message; `lost` is told why when an engine that may hold requests is gone.
 
     A crash before the first Ready is final, since the same start would only fail again; so are MAX_FAILED_STARTS in a
-    row later. `failed` then holds an EngineGoneError.
+    row later, unless `gives_up` says no. `failed` then holds an EngineGoneError.
     """
 
     def __init__(
@@ -60,11 +60,13 @@ class Supervisor:
         command: Sequence[str] = COMMAND,
         environment: Mapping[str, str] | None = None,
         number: int | None = None,
+        gives_up: Callable[[], bool] = lambda: True,
     ) -> None:
         """`environment` is added to ours. `number`: which of several engines this is, for the messages."""
         self.config = config
         self.environment = dict(environment or {})
         self.number = number
+        self.gives_up = gives_up
         self.log_level = log_level
         self.command = command
         self.watchdog_timeout = watchdog_timeout
@@ -120,7 +122,7 @@ class Supervisor:
             self._lost(why)
             if self._stopping:
                 return
-            if not was_ready or failed_starts >= MAX_FAILED_STARTS:
+            if not was_ready or (failed_starts >= MAX_FAILED_STARTS and self.gives_up()):
                 exit_code = self._fatal.exit_code if self._fatal and not was_ready else 1
                 self.failed.set_exception(EngineGoneError(why, exit_code))
                 return

@@ -18,7 +18,7 @@ from engine.request import Request, SamplingParams
 from server.client import EngineClient, EngineDead
 from server.fleet import Fleet
 from server.router import Router
-from server.supervisor import EngineGoneError
+from server.supervisor import MAX_FAILED_STARTS, EngineGoneError
 from tests import fake_engine
 from tests.fakes import fake_info
 
@@ -127,15 +127,20 @@ async def test_an_engine_that_cannot_start_is_final(models: tuple[str, str], pro
         assert caught.value.exit_code == 2
 
 
-async def test_the_others_go_on_without_an_engine_that_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_engine_is_not_given_up_while_another_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.supervisor.MAX_DELAY", 0.01)
-    async with running("ok", f"once:{tmp_path / 'started'}") as fleet:
+    started = tmp_path / "started"
+    async with running("ok", f"once:{started}") as fleet:
         await fleet.wait_ready()
         failing = asyncio.create_task(fleet.wait_failed())
-        os.kill(fleet.engines[1].pid, signal.SIGKILL)
-        await until(fleet.engines[0], lambda: not fleet.engines[1].live)
+        other = fleet.engines[1]
+        os.kill(other.pid, signal.SIGKILL)
+        await until(fleet.engines[0], lambda: other.restarts > MAX_FAILED_STARTS)
         assert fleet.live and fleet.ready
+        assert other.live and not other.ready
         assert [len(await collect(fleet, request(f"r{i}"))) for i in range(4)] == [3] * 4
+        started.unlink()  # what kept it from starting is gone
+        await until(other, lambda: other.ready)
         assert not failing.done()
         failing.cancel()
 
