@@ -93,7 +93,7 @@ class Selection:
 
 def select(
     survival: Seq[float] | Double,
-    verify: Double,
+    verify: Seq[float] | Double,
     roots: int,
     limit: float = np.inf,
     margin: float = 1.0,
@@ -106,8 +106,8 @@ def select(
     rate: as for `allocate`.
     """
     if len(survival) <= FEW:
-        return _select_few(survival, verify.tolist(), roots, limit, margin, rate)
-    survival = np.asarray(survival)
+        return _select_few(survival, verify, roots, limit, margin, rate)
+    survival, verify = np.asarray(survival), np.asarray(verify)
     order = np.argsort(-survival, kind="stable")
     tokens = np.empty(len(survival) + 1)
     tokens[0] = roots
@@ -118,7 +118,7 @@ def select(
     if limit < np.inf:
         goodput[1:][verify[1:] > limit] = -np.inf
         count = int(goodput.argmax())
-    limited = free > count
+    limited = bool(free > count)
     gain = _gain(goodput[count], goodput[0], roots, rate)
     loss = _loss(float(goodput[count]), float(goodput[-1]), roots, rate)
     if gain < margin:
@@ -129,7 +129,7 @@ def select(
 
 
 def _select_few(
-    survival: Seq[float] | Double, verify: list[float], roots: int, limit: float, margin: float, rate: float | None
+    survival: Seq[float] | Double, verify: Seq[float] | Double, roots: int, limit: float, margin: float, rate: float | None
 ) -> Selection:
     """The same without arrays: half of the time for a step of one stream."""
     order = sorted(range(len(survival)), key=survival.__getitem__, reverse=True)
@@ -143,7 +143,7 @@ def _select_few(
             free, free_best = number, value
         if value > best and verify[number] <= limit:
             count, best, expected = number, value, tokens
-    limited = free > count
+    limited = bool(free > count)
     gain = _gain(best, none, roots, rate)
     loss = _loss(best, value if verify[-1] <= limit else -np.inf, roots, rate)
     if gain < margin:

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from engine.plan import StepPlan, StepResult
 from engine.policies.allocation import Selection, allocate, decoding_rate, select
-from engine.policies.survival import Survival, hindsight, path_survival
+from engine.policies.survival import Survival, path_survival
 from engine.protocols import Choice, CostModel, Drafter, Load, Policy, Reason
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
@@ -38,12 +38,15 @@ TO_START = 1.02  # goodput over plain decoding's that starts speculation; going 
 TO_START_DRAFTER = 1.05  # the same for a drafter that costs
 LONGEST_CHAIN = 16  # of a drafter that costs
 NEGLIGIBLE_SHARE = 0.005  # of a step: what a drafter may take although it never finds anything
-WORTH_RATE, LONGEST_REST = 0.02, 4
-CURVE_STEPS = 16  # for which a cost that was looked up holds
+WORTH_RATE, LONGEST_REST = 0.05, 4
+CURVE_STEPS, CURVE_CONTEXT = 32, 64  # steps and tokens of context for which a cost that was looked up holds
+CURVE_NODES = 16  # more than asked for that are looked up with them
 ERROR_RATE = 0.02
 UNSEEN, MOST_APART = 4, 4  # steps
 CUT_SECONDS = 4e-5  # what dropping nodes takes by itself: it must win as much
-OBSERVED = 4  # every so manyth step teaches the cost model: it takes 0.1 ms
+# Learning takes time as well: every so manyth step teaches the cost model (0.1 ms), what a drafter takes that costs next to
+# nothing, and whether asking it pays.
+OBSERVED, TIMED, APPRAISED = 8, 64, 4
 
 
 @dataclass(slots=True)
@@ -107,7 +110,7 @@ class GoodputPolicy(Policy):
         self._speculating = False
         self._cut: DraftForest | None = None  # what was drafted in this step, where not all of it was shown
         self._steps = 0
-        self._curves: dict[tuple[int, int, int], Double] = {}  # of this step and the few before
+        self._curves: dict[tuple[int, int, int], list[float]] = {}  # of this step and the few before
 
     @property
     def calibration_error(self) -> float:  # type: ignore[override]  # read-only here
@@ -142,7 +145,7 @@ class GoodputPolicy(Policy):
     def drafted(self, drafter: str, sequences: int, depth: int, seconds: float) -> None:
         worth = self._worth[drafter]
         worth.took, worth.asked = seconds, worth.asked + 1
-        if worth.costly or worth.asked % 16 == 1:  # nobody looks up what a cheap one costs
+        if worth.costly or worth.asked % TIMED == 1:  # nobody looks up what a cheap one costs
             self.cost.observe_draft(drafter, sequences, depth, seconds)
 
     def trim(self, forest: DraftForest, seqs: Seq[Sequence], load: Load) -> Choice:
@@ -150,24 +153,24 @@ class GoodputPolicy(Policy):
         if not roots:
             return Choice(forest, [], [])
         self._steps += 1
-        verify = self._curve(roots + load.prefill_tokens, drafts, load.context_tokens, load.sequences) + load.draft_seconds
-        plain = decode = float(verify[0]) - load.draft_seconds
+        curve = self._curve(roots + load.prefill_tokens, drafts, load.context_tokens, load.sequences)
+        plain = decode = curve[0]
         if load.prefill_tokens:
-            decode = float(self._curve(roots, 0, load.context_tokens, roots)[0])
+            decode = self._curve(roots, 0, load.context_tokens, roots)[0]
         self._plain, self._second = plain, decode / roots
+        verify = [seconds + load.draft_seconds for seconds in curve]
         if drafts:
             choice = self._select(forest, seqs, load, verify)
         else:
-            choice = Choice(forest, [0] * roots, [self._nothing(seq) for seq in seqs], float(roots), float(verify[0]))
+            choice = Choice(forest, [0] * roots, [self._nothing(seq) for seq in seqs], float(roots), verify[0])
         choice.plain_seconds, choice.decode_seconds = plain, decode
         self._appraise(choice)
         self._cut = forest if choice.forest is not forest else None
         return choice
 
     def learn(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict) -> None:
-        if self._cut is not None:
-            forest, verdict, self._cut = self._cut, hindsight(self._cut, verdict), None
-        self.survival.learn([seq.seq_id for seq in seqs], forest, verdict)
+        cut, self._cut = self._cut, None
+        self.survival.learn([seq.seq_id for seq in seqs], cut or forest, verdict, cut is not None)
 
     def observe(self, plan: StepPlan, result: StepResult, seconds: float) -> None:
         prompt = sum(row.num_new for row in plan.rows) - sum(bool(row.token_ids) for row in result.rows)
@@ -233,18 +236,18 @@ class GoodputPolicy(Policy):
 
     # ---- after drafting
 
-    def _curve(self, rows: int, drafts: int, context_tokens: int, sequences: int) -> Double:
+    def _curve(self, rows: int, drafts: int, context_tokens: int, sequences: int) -> list[float]:
         """Seconds of a step of `rows` and 0, 1, ... `drafts` nodes more; looked up again every few steps."""
         if self._steps % CURVE_STEPS == 0:
             self._curves.clear()
-        key = rows, context_tokens // (16 * max(sequences, 1)), sequences
+        key = rows, context_tokens // (CURVE_CONTEXT * max(sequences, 1)), sequences
         curve = self._curves.get(key)
         if curve is None or len(curve) <= drafts:
-            tokens = np.arange(rows, rows + drafts + CURVE_STEPS)
-            curve = self._curves[key] = self.cost.verify_seconds(tokens, context_tokens, sequences)
+            tokens = np.arange(rows, rows + drafts + CURVE_NODES)
+            curve = self._curves[key] = self.cost.verify_seconds(tokens, context_tokens, sequences).tolist()
         return curve[: drafts + 1]
 
-    def _select(self, forest: DraftForest, seqs: Seq[Sequence], load: Load, verify: Double) -> Choice:
+    def _select(self, forest: DraftForest, seqs: Seq[Sequence], load: Load, verify: list[float]) -> Choice:
         """Which nodes are shown. Lists, as most steps have a few nodes and a numpy call costs more than any of them."""
         if forest.estimate is None:
             forest.estimate = np.where(forest.parent < 0, 1.0, 0.5)
@@ -256,7 +259,7 @@ class GoodputPolicy(Policy):
         rate = None
         if load.prefill_tokens:
             alone = self._curve(forest.num_trees, len(nodes), load.context_tokens, forest.num_trees)
-            rate = decoding_rate(np.array(drafts), alone, forest.num_trees)
+            rate = decoding_rate(np.array(drafts), np.array(alone), forest.num_trees)
         chosen = select(drafts, verify, forest.num_trees, self.limit, margin, rate)
         self._speculating = chosen.count > 0
         kept = [True] * len(survival)
@@ -265,7 +268,7 @@ class GoodputPolicy(Policy):
         offered = [last - first - 1 for first, last in trees]
         shown = [sum(kept[first + 1 : last]) for first, last in trees]
         cut = forest
-        if chosen.count and chosen.loss * float(verify[len(nodes)]) <= CUT_SECONDS:
+        if chosen.count and chosen.loss * verify[len(nodes)] <= CUT_SECONDS:
             # Who used what is told by the best choice all the same, or budgets would grow with what costs nothing here.
             self._remember(seqs, offered, shown)
             kept, shown = [True] * len(survival), offered
@@ -282,7 +285,7 @@ class GoodputPolicy(Policy):
         dropped = [had - used for had, used in zip(offered, shown, strict=True)]
         reasons = self._reasons(seqs, offered, dropped, chosen)
         self._probed.clear()
-        return Choice(cut, dropped, reasons, sum(compress(survival, kept)), float(verify[sum(shown)]))
+        return Choice(cut, dropped, reasons, sum(compress(survival, kept)), verify[sum(shown)])
 
     def _reasons(self, seqs: Seq[Sequence], offered: list[int], dropped: list[int], chosen: Selection) -> list[Reason]:
         cut: Reason = "itl" if chosen.limited else "cost"
@@ -314,6 +317,10 @@ class GoodputPolicy(Policy):
     def _appraise(self, choice: Choice) -> None:
         """Did asking pay? Each drafter is credited with what its kept nodes are worth, less their share of the longer step."""
         asked = [worth for worth in self._worth.values() if worth.took is not None]
+        if self._steps % APPRAISED:
+            for worth in asked:
+                worth.took = None
+            return
         spent = sum(worth.took or 0.0 for worth in asked)
         negligible = NEGLIGIBLE_SHARE * choice.plain_seconds
         won: dict[str, float] = {}

@@ -121,15 +121,15 @@ class Survival:
         estimate = 1.0 / (1.0 + np.exp(-logit - offset))
         return np.cumprod(np.clip(estimate, LOWEST, HIGHEST), axis=1)
 
-    def learn(self, seq_ids: Seq[int], forest: DraftForest, verdict: Verdict) -> None:
-        """What became of the nodes that the target judged."""
+    def learn(self, seq_ids: Seq[int], forest: DraftForest, verdict: Verdict, cut: bool = False) -> None:
+        """What became of the nodes that the target judged. cut: the verdict is on a part of this forest (`hindsight`)."""
         self._step += 1
         if not forest.num_drafts:
             return
         confidence, depths = _confidences(forest), forest.depth.tolist()
         touched: set[tuple[int, int]] = set()
         moves: dict[tuple[int, int, bool], list[float]] = {}  # (sequence, drafter, below) -> surprise, information, observations
-        for seq_id, drafter, node, stood in self._judged(seq_ids, forest, verdict):
+        for seq_id, drafter, node, stood in self._judged(seq_ids, forest, verdict, cut):
             d, below = self._of(drafter), depths[node] > 1
             c, bucket = _class(depths[node]), _bucket(confidence[node])
             own = self._of_sequence(seq_id)[d][below]
@@ -162,7 +162,9 @@ class Survival:
         rows = [[own.faded(self._step) for own in self._of_sequence(seq_id)[d]] for seq_id in seq_ids]
         return np.array(rows).reshape(len(seq_ids), 2)
 
-    def _judged(self, seq_ids: Seq[int], forest: DraftForest, verdict: Verdict) -> Iterator[tuple[int, str, int, float]]:
+    def _judged(
+        self, seq_ids: Seq[int], forest: DraftForest, verdict: Verdict, cut: bool
+    ) -> Iterator[tuple[int, str, int, float]]:
         """(sequence, drafter, node, 1 or 0) for each node whose parent stood and that was really asked whether it stands."""
         parents, starts = forest.parent.tolist(), forest.start.tolist()
         names, estimate = forest.node_drafter, forest.estimate
@@ -170,7 +172,7 @@ class Survival:
             first, last = starts[b], starts[b + 1]
             if last == first + 1 or not verdict.tokens[b]:
                 continue
-            path = verdict.nodes[b]
+            path = hindsight(forest, b, verdict.tokens[b]) if cut else verdict.nodes[b]
             winner = dict(zip([0, *path], path, strict=False))  # a node that stood -> its child that did
             open_ = {0, *path[: len(verdict.tokens[b]) - 1]}  # behind the last token nothing is known
             for node in range(first + 1, last):
@@ -223,26 +225,24 @@ class Survival:
         return found
 
 
-def hindsight(forest: DraftForest, verdict: Verdict) -> Verdict:
-    """The verdict on a cut forest, told of the forest before the cut: by the tokens that were committed.
+def hindsight(forest: DraftForest, tree: int, committed: Seq[int]) -> list[int]:
+    """The nodes of a tree that stood, or would have had they been shown: by the tokens that were committed.
 
     So what was drafted and not shown is judged as well. Judging only what was shown would make dropped nodes look bad for ever,
-    and shown ones worse than they are: it is the overrated that are shown. The last token may make a node stand that
-    was dropped: `nodes` may then be as long as `tokens`.
+    and shown ones better than they are: it is the overrated that are shown. The last token may make a node stand that was
+    dropped, so there may be as many as tokens.
     """
-    tokens, parents, starts = forest.token.tolist(), forest.parent.tolist(), forest.start.tolist()
-    nodes: list[list[int]] = []
-    for committed, (first, last) in zip(verdict.tokens, pairwise(starts), strict=True):
-        path: list[int] = []
-        node, at = 0, 0  # the next child of a node comes behind it
-        for token in committed:
-            at = next((i for i in range(at + 1, last - first) if parents[first + i] == node and tokens[first + i] == token), 0)
-            if not at:
-                break
-            node = at
-            path.append(node)
-        nodes.append(path)
-    return Verdict(nodes, verdict.tokens)
+    part = forest.nodes(tree)
+    tokens, parents = forest.token[part].tolist(), forest.parent[part].tolist()
+    path: list[int] = []
+    node = 0
+    for token in committed:
+        # The children of a node come behind it.
+        node = next((i for i in range(node + 1, len(tokens)) if tokens[i] == token and parents[i] == node), 0)
+        if not node:
+            break
+        path.append(node)
+    return path
 
 
 def path_survival(forest: DraftForest, estimate: Double) -> list[float]:
