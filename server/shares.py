@@ -32,7 +32,8 @@ def shares(config: EngineConfig, count: int) -> list[Share]:
 def _gpus(config: EngineConfig, count: int) -> list[dict[str, str]]:
     """An engine sees its own GPUs only, numbered from 0, so that the same configuration fits all."""
     visible, each = visible_gpus(), config.tensor_parallel_size
-    if config.device == "cpu" or (config.device == "auto" and not visible):
+    here = config.distributed_executor_backend != "ray"  # which places ranks where it finds GPUs
+    if not here or config.device == "cpu" or (config.device == "auto" and not visible):
         return [{}] * count
     if len(visible) < count * each:
         raise ValueError(

@@ -61,6 +61,7 @@ def test_each_engine_sees_its_own_gpus(tmp_path: Path, monkeypatch: pytest.Monke
     assert seen(4, device="cuda") == ["0", "1", "2", "3"]
     assert seen(2, tensor_parallel_size=2) == ["0,1", "2,3"]
     assert seen(2, device="cpu") == [None, None]
+    assert seen(8, distributed_executor_backend="ray") == [None] * 8  # Ray finds them their GPUs
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-b, 3,-1,0")
     assert visible_gpus() == ["GPU-b", "3"]
     assert seen(2) == ["GPU-b", "3"]
