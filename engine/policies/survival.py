@@ -38,6 +38,7 @@ UNSURE = len(EDGES) + 1  # the bucket of nodes without a confidence
 FIRST_PRIOR, LATER_PRIOR = 0.6, 0.75  # of those, before anything was seen: rather too much, that they are shown and seen
 CELL_WEIGHT, BUCKET_WEIGHT = 6.0, 12.0  # observations that the layer above is worth
 FULL = 400.0  # observations after which a cell halves: its memory
+LEANED = 8  # steps after which a cell that was not met itself follows its bucket
 LOWEST, HIGHEST = 0.002, 0.995  # below 1, so that a child is never as likely as its parent
 SPREAD = 2.0  # variance of the offsets among sequences
 WANDER = 0.01  # variance that an offset gains with each observation: it never stops learning
@@ -67,6 +68,18 @@ class _Offset:
         self.value = min(max(value, -LARGEST), LARGEST)
 
 
+@dataclass(slots=True)
+class _Move:
+    """What one step tells an offset."""
+
+    drafter: int
+    own: _Offset
+    faded: float
+    surprise: float = 0.0
+    information: float = 0.0
+    count: int = 0
+
+
 Own = tuple[_Offset, _Offset]  # of first nodes, of those below
 
 
@@ -80,7 +93,8 @@ class Survival:
         self._index: dict[str, int] = {}
         self._own: dict[int, list[Own]] = {}  # by sequence, for each drafter
         self._step = 0
-        self._cells: list[list[list[tuple[float, float]]]] = []  # [drafter][bucket][depth class]: nodes that stood, nodes judged
+        self._cells: list[list[list[list[float]]]] = []  # [drafter][bucket][depth class]: nodes that stood, nodes judged
+        self._sums: list[list[list[float]]] = []  # [drafter][bucket]: the same of all depths
         self._logit: list[list[list[float]]] = []  # [drafter][bucket][depth class]: of the rates that follow from them
         self._bins = [[0.0, 0.0, 0.0] for _ in range(BINS)]  # by predicted survival: weight, sum predicted, sum observed
         for name in drafters:
@@ -127,23 +141,29 @@ class Survival:
         if not forest.num_drafts:
             return
         confidence, depths = _confidences(forest), forest.depth.tolist()
-        touched: set[tuple[int, int]] = set()
-        moves: dict[tuple[int, int, bool], list[float]] = {}  # (sequence, drafter, below) -> surprise, information, observations
+        touched: dict[tuple[int, int, int], None] = {}  # (drafter, bucket, depth class)
+        moves: dict[tuple[int, str, bool], _Move] = {}
         for seq_id, drafter, node, stood in self._judged(seq_ids, forest, verdict, cut):
-            d, below = self._of(drafter), depths[node] > 1
-            c, bucket = _class(depths[node]), _bucket(confidence[node])
-            own = self._of_sequence(seq_id)[d][below]
-            predicted = _probability(self._logit[d][bucket][c] + own.faded(self._step))
-            self._count(d, bucket, c, predicted, stood)
-            touched.add((d, bucket))
-            move = moves.setdefault((seq_id, d, below), [0.0, 0.0, 0.0])
-            move[0] += stood - predicted
-            move[1] += predicted * (1 - predicted)
-            move[2] += 1
-        for d, bucket in touched:
-            self._refresh(d, bucket)
-        for (seq_id, d, below), (surprise, information, count) in moves.items():
-            self._own[seq_id][d][below].move(self._step, surprise, information, count)
+            depth = depths[node]
+            c, bucket = _class(depth), _bucket(confidence[node])
+            move = moves.get((seq_id, drafter, depth > 1))
+            if move is None:
+                d = self._of(drafter)
+                own = self._of_sequence(seq_id)[d][depth > 1]
+                move = moves[seq_id, drafter, depth > 1] = _Move(d, own, own.faded(self._step))
+            predicted = _probability(self._logit[move.drafter][bucket][c] + move.faded)
+            self._count(move.drafter, bucket, c, predicted, stood)
+            touched[move.drafter, bucket, c] = None
+            move.surprise += stood - predicted
+            move.information += predicted * (1 - predicted)
+            move.count += 1
+        for d, bucket, c in touched:
+            self._refresh(d, bucket, c)
+        if self._step % LEANED == 0:
+            for d, bucket in {(d, bucket) for d, bucket, _ in touched}:
+                self._refresh_all(d, bucket)
+        for move in moves.values():
+            move.own.move(self._step, move.surprise, move.information, move.count)
 
     def forget(self, seq_id: int) -> None:
         self._own.pop(seq_id, None)
@@ -191,18 +211,25 @@ class Survival:
     def _count(self, d: int, bucket: int, c: int, predicted: float, stood: float) -> None:
         bin_ = self._bins[min(int(predicted * BINS), BINS - 1)]
         bin_[:] = BIN_MEMORY * bin_[0] + 1, BIN_MEMORY * bin_[1] + predicted, BIN_MEMORY * bin_[2] + stood
-        column = self._cells[d][bucket]
-        hits, seen = column[c]
-        if seen >= FULL:
-            hits, seen = hits / 2, seen / 2
-        column[c] = hits + stood, seen + 1
+        cell, total = self._cells[d][bucket][c], self._sums[d][bucket]
+        if cell[1] >= FULL:
+            half = cell[0] / 2, cell[1] / 2
+            cell[:] = half
+            total[:] = total[0] - half[0], total[1] - half[1]
+        cell[0] += stood
+        cell[1] += 1
+        total[0] += stood
+        total[1] += 1
 
-    def _refresh(self, d: int, bucket: int) -> None:
-        """The table's entries of one bucket: each cell leans on the bucket, the bucket on what the drafter says."""
-        column = self._cells[d][bucket]
-        all_hits, all_seen = sum([hits for hits, _ in column]), sum([seen for _, seen in column])
-        for c, (hits, seen) in enumerate(column):
-            self._logit[d][bucket][c] = _leaning(hits, seen, all_hits, all_seen, _PRIOR[c][bucket])
+    def _refresh(self, d: int, bucket: int, c: int) -> None:
+        """An entry of the table: a cell leans on its bucket, the bucket on what the drafter says."""
+        hits, seen = self._cells[d][bucket][c]
+        all_hits, all_seen = self._sums[d][bucket]
+        self._logit[d][bucket][c] = _leaning(hits, seen, all_hits, all_seen, _PRIOR[c][bucket])
+
+    def _refresh_all(self, d: int, bucket: int) -> None:
+        for c in range(len(_PRIOR)):
+            self._refresh(d, bucket, c)
 
     def _of_sequence(self, seq_id: int) -> list[Own]:
         """For each drafter; new ones start where the table is."""
@@ -218,10 +245,11 @@ class Survival:
         found = self._index.get(drafter)
         if found is None:
             found = self._index[drafter] = len(self._index)
-            self._cells.append([[(0.0, 0.0)] * len(_PRIOR) for _ in range(UNSURE + 1)])
+            self._cells.append([[[0.0, 0.0] for _ in _PRIOR] for _ in range(UNSURE + 1)])
+            self._sums.append([[0.0, 0.0] for _ in range(UNSURE + 1)])
             self._logit.append([[0.0] * len(_PRIOR) for _ in range(UNSURE + 1)])
             for bucket in range(UNSURE + 1):
-                self._refresh(found, bucket)
+                self._refresh_all(found, bucket)
         return found
 
 
