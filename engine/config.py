@@ -38,7 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int | None = None  # None: all cores this process may use
     cpu_kernels: Literal["auto", "native", "torch"] = "auto"  # of bfloat16 models on a CPU; native: refuse to start without
     cpu_weights: Literal["auto", "bfloat16"] = "auto"  # on native kernels, of four and eight bits: as they are, or unpacked
-    attention_backend: Literal["auto", "triton", "reference"] = "auto"  # of models that bring none of their own
+    attention_backend: Literal["auto", "triton", "flashinfer", "reference"] = "auto"  # of models that bring none of their own
     enforce_eager: bool = False  # record no steps (engine/graphs.py), which is done on a GPU
     deterministic: bool = False  # no bit of an answer depends on company or drafts (engine/deterministic.py)
     load_format: Literal["auto", "native", "transformers"] = "auto"  # transformers: force the fallback models

@@ -31,8 +31,8 @@ def check(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: 
         if why is not None:
             raise ValueError(f"deterministic: on a CPU the native kernels can do it, and they are not used: {why}")
         return
-    if config.attention_backend == "reference":
-        raise ValueError("deterministic: attention_backend reference cannot do it, triton can")
+    if config.attention_backend in ("reference", "flashinfer"):
+        raise ValueError(f"deterministic: attention_backend {config.attention_backend} cannot do it, triton can")
     if find_spec("triton") is None:
         raise ValueError("deterministic: it takes Triton's kernels here, and triton is not installed")
     from kernels.tree_attention import unsupported  # imports triton, which a CPU can do without

@@ -91,8 +91,8 @@ class ServerConfig(BaseSettings):
     cpu_weights: Literal["auto", "bfloat16"] = Field(
         _ENGINE.cpu_weights, description="four and eight bits of a GGUF file on native kernels: as they are, or unpacked at start"
     )
-    attention_backend: Literal["auto", "triton", "reference"] = Field(
-        _ENGINE.attention_backend, description="auto: triton on a GPU, reference on a CPU (there triton is for tests)"
+    attention_backend: Literal["auto", "triton", "flashinfer", "reference"] = Field(
+        _ENGINE.attention_backend, description="auto: on a GPU the faster of triton and flashinfer, on a CPU reference"
     )
     enforce_eager: bool = Field(_ENGINE.enforce_eager, description="no CUDA graphs: launch every kernel of every step anew")
     deterministic: bool = Field(

@@ -102,7 +102,8 @@ def test_on_a_cpu_only_the_native_kernels_can(shape: ModelConfig) -> None:
 
 @with_triton
 def test_on_a_gpu_only_tritons_kernels_can(shape: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "attention_backend reference" in complaint(shape, BF16, GPU, attention_backend="reference")
+    for name in ("reference", "flashinfer"):
+        assert f"attention_backend {name}" in complaint(shape, BF16, GPU, attention_backend=name)
     wide = msgspec.structs.replace(shape, head_dim=512)
     assert "heads of 512" in complaint(wide, BF16, GPU)
     deterministic.check(EngineConfig(model="m", deterministic=True), shape, BF16, GPU)
