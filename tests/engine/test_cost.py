@@ -91,6 +91,18 @@ def test_it_learns_where_it_was_wrong() -> None:
     assert cost.error < 0.1
 
 
+def test_a_machine_that_gets_faster_leaves_no_stairs_around_the_size_that_is_seen() -> None:
+    cost = CostModel(tables())
+    sizes = np.array([4, 8, 9, 16, 24])
+    before = cost.verify_seconds(sizes, 0, 1)
+    for speed in (1.3, 0.9, 1.2, 1.0, 0.85):
+        for _ in range(60):
+            cost.observe(8, 0, 1, stairs(8, 0) * speed)
+        after = cost.verify_seconds(sizes, 0, 1)
+        assert after[1] == pytest.approx(speed * before[1], rel=0.05)
+        assert after / after[1] == pytest.approx(before / before[1], rel=0.04)
+
+
 def test_a_step_that_was_put_aside_sways_nothing() -> None:
     cost = CostModel(tables())
     before = cost.verify_seconds(16, 0, 1)
