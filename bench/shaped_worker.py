@@ -16,6 +16,7 @@ from bench.shapes import SHAPES, random_weights
 from engine.config import EngineConfig
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
+from engine.models.factory import tuned
 from engine.models.native import NativeDecoder, unavailable
 from engine.models.runner import Model, PagedModel
 from engine.plan import RowResult, StepPlan, StepResult, StepTimes
@@ -42,7 +43,7 @@ class ShapedWorker(Worker):
         shape, weights = self.model_config, random_weights(self.model_config, dtype, self.device)
         if self.config.cpu_kernels != "torch" and unavailable(shape, dtype, self.device) is None:
             return NativeDecoder(shape, weights, self.config.block_size)
-        return Decoder(shape, weights, dtype, self.device)
+        return tuned(Decoder(shape, weights, dtype, self.device), self.config)
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
-from engine.models.layers import Head, Linear, RMSNorm, RotaryTable, SplitEmbedding, SplitHead, SplitLinear
+from engine.models.layers import Head, Linear, RMSNorm, RotaryTable, SplitEmbedding, SplitHead, SplitLinear, launched
 from engine.models.sharding import Sharding, vocab_parts
 from engine.parallel import ALONE, Group
 from kernels.reference import rope_, silu_mul
@@ -46,11 +46,22 @@ class DecoderLayer:
         self.out = _fused(weights, ["self_attn.o_proj"], group)
         self.gate_up = _fused(weights, ["mlp.gate_proj", "mlp.up_proj"])
         self.down = _fused(weights, ["mlp.down_proj"], group)
+        self._rope, self._act = rope_, silu_mul
+
+    def fuse(self) -> None:
+        """See Decoder.fuse."""
+        from kernels import act, rope  # import triton, which a CPU can do without
+
+        self._rope, self._act = launched(rope.rope_), launched(act.silu_mul)
+        self._fix_norms()
 
     def fix_order(self) -> None:
         """See Decoder.fix_order."""
         for linear in (self.qkv, self.out, self.gate_up, self.down):
             linear.fix_order()
+        self._fix_norms()
+
+    def _fix_norms(self) -> None:
         for norm in (self.input_norm, self.post_norm, self.q_norm, self.k_norm):
             if norm is not None:
                 norm.fix_order()
@@ -64,10 +75,10 @@ class DecoderLayer:
         if self.q_norm is not None and self.k_norm is not None:
             qk[:, : self.num_heads] = self.q_norm(qk[:, : self.num_heads])
             qk[:, self.num_heads :] = self.k_norm(qk[:, self.num_heads :])
-        rope_(qk, cos, sin)
+        self._rope(qk, cos, sin)
         new = qkv[:, self.num_heads * size :].view(rows, 2, self.num_kv_heads, size)
         x = self.out.add_to(attend(self.index, qk[:, : self.num_heads], new, self.scale), x)
-        return self.down.add_to(silu_mul(self.gate_up(self.post_norm(x))), x)
+        return self.down.add_to(self._act(self.gate_up(self.post_norm(x))), x)
 
 
 class Decoder:
@@ -103,6 +114,12 @@ class Decoder:
             if layer.index in hidden_layers:
                 hidden[layer.index] = x
         return x, hidden
+
+    def fuse(self) -> None:
+        """From now on norms, rotations and activations are one launch each: Triton's, where torch takes up to eight."""
+        for layer in self.layers:
+            layer.fuse()
+        self.norm.fix_order()
 
     def fix_order(self) -> None:
         """From now on no row's bits depend on how many rows share a call: products and norms in Triton, in one order of sums.

@@ -7,6 +7,7 @@ import logging
 import torch
 
 from engine.config import EngineConfig
+from engine.device_rules import has_kernels
 from engine.models.config import ModelConfig
 from engine.models.decoder import Decoder
 from engine.models.loader import iter_blocks, iter_weights
@@ -43,7 +44,14 @@ def load_model(
             raise ValueError(f"cpu_kernels: the native kernels cannot run this model here: {why}")
         if device.type == "cpu" and dtype == torch.bfloat16:
             logger.warning("the native CPU kernels are not used, the model will be slower: %s", why)
-    return Decoder(model, iter_weights(config.model, model), dtype, device)
+    return tuned(Decoder(model, iter_weights(config.model, model), dtype, device), config)
+
+
+def tuned(model: Decoder, config: EngineConfig) -> Decoder:
+    """With Triton's kernels between its products, where there are any. In deterministic mode see Decoder.fix_order instead."""
+    if has_kernels(model.device) and not config.deterministic:
+        model.fuse()
+    return model
 
 
 def _load_part(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, group: Group) -> Decoder:
@@ -54,4 +62,4 @@ def _load_part(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, dev
     if config.cpu_kernels == "native":
         raise ValueError("tensor_parallel_size: cpu_kernels native cannot be split over ranks; torch's kernels can")
     part = Sharding.of(model, group.rank, group.size)
-    return Decoder(part.config, iter_weights(config.model, model, part=part), dtype, device, part, group)
+    return tuned(Decoder(part.config, iter_weights(config.model, model, part=part), dtype, device, part, group), config)

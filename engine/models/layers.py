@@ -173,6 +173,16 @@ def _launching(device: torch.device) -> AbstractContextManager[None]:
     return interpreted() if device.type == "cpu" else nullcontext()
 
 
+def launched(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that launches Triton kernels on its first argument's device, or where that is a CPU has them interpreted."""
+
+    def run(x: Tensor, *rest: Tensor) -> Tensor:
+        with _launching(x.device):
+            return kernel(x, *rest)
+
+    return run
+
+
 class RotaryTable:
     """cos and sin of every position [P, 1, D] in the model's dtype, rotate-half's sign folded into sin.
 
