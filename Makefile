@@ -1,6 +1,7 @@
 # make serve   set everything up and serve the default model on port 8000    (more flags: make serve ARGS="--port 9000")
 # make test    set everything up and run the tests
-# make lint    ruff, mypy, import-linter
+# make test-image   carry out the Dockerfile's steps without Docker and run what comes of it (root, debootstrap, the network)
+# make lint    ruff, mypy, import-linter, hadolint
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +18,7 @@ export PIP_NO_INPUT := 1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-long lint format clean
+.PHONY: help install serve test test-long test-image lint format clean
 
 help:
 	@grep '^# make' Makefile | cut -c3-
@@ -53,11 +54,15 @@ test: $(MODELS)
 test-long: $(MODELS)
 	$(BIN)/python -m pytest -m long $(ARGS)
 
+test-image: install
+	$(BIN)/python -m pytest -m image tests/image $(ARGS)
+
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 format: install
 	$(BIN)/ruff check --fix

@@ -1,0 +1,1 @@
+"""The Dockerfile's own steps, carried out without Docker: see build.py for what that is and what it is not."""
