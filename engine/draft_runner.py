@@ -47,7 +47,7 @@ def make_runner(
 
 
 class DraftRunner:
-    """The draft model of `config.draft_model`. It can run after `load` and `open`.
+    """The draft model of `config.draft_model`. `load` makes `model`, `open` makes `runner`, and then it can run.
 
     Raises ValueError or OSError, fit for the command line, when the model cannot be read or has another vocabulary.
     """
@@ -72,16 +72,16 @@ class DraftRunner:
 
     def load(self) -> None:
         """Read the weights."""
-        self._model = load_model(self._config, self.shape, self._dtype, self._device)
-        self.weight_bytes = self._model.weight_bytes
+        self.model = load_model(self._config, self.shape, self._dtype, self._device)
+        self.weight_bytes = self.model.weight_bytes
 
     def open(self, num_blocks: int) -> None:
         """Allocate the KV of as many blocks as the target has."""
-        self._runner = make_runner(self._model, self.shape, num_blocks, self.block_size, self._dtype, self._device)
+        self.runner = make_runner(self.model, self.shape, num_blocks, self.block_size, self._dtype, self._device)
 
     def forward(self, seqs: Seq[Sequence], rows: Seq[Row], forest: DraftForest, trees: Seq[int]) -> Tensor:
         """Feed rows and forest as the target's step does (ForwardBatch.build); float32 logits [nodes of the forest, V]."""
-        runner = self._runner
+        runner = self.runner
         batch = ForwardBatch.build(seqs, rows, forest, trees, self.block_size, self._device, runner.scratch_slot)
         hidden, _ = runner.forward(batch)
         logits = runner.node_logits(hidden, batch).float()
@@ -103,8 +103,8 @@ class DraftRunner:
 
     def move(self, source: list[int], target: list[int]) -> None:
         """Copy the KV of slots (block * block size + offset); all are read before any is written."""
-        self._runner.kv.move(source, target)
+        self.runner.kv.move(source, target)
 
     def clear(self, blocks: list[int]) -> None:
         """Zero blocks that hold what is not finite."""
-        self._runner.kv.clear(blocks)
+        self.runner.kv.clear(blocks)

@@ -85,7 +85,8 @@ class Worker:
         weight_bytes = model.weight_bytes + (draft_model.weight_bytes if draft_model else 0)
         draft_bytes = draft_model.bytes_per_block if draft_model else 0
         largest = partial(run_largest, config, model, shape, dtype, self.device, fixed_split)
-        graphs = partial(graph_bytes, config, model, shape, dtype, self.device, fixed_split, drafters)
+        models = [(model, shape, fixed_split)] + ([(draft_model.model, draft_model.shape, 0)] if draft_model else [])
+        graphs = partial(graph_bytes, config, models, dtype, self.device, drafters)
         self.memory = self._agreed(plan_memory(config, shape, weight_bytes, dtype, self.device, draft_bytes, largest, graphs))
         if self.device.type == "cuda":
             logger.info("memory: %s", self.memory)
@@ -95,6 +96,7 @@ class Worker:
         self.kv = self.runner.kv
         if draft_model is not None:
             draft_model.open(self.memory.num_blocks)
+            record_graphs(config, draft_model.shape, draft_model.runner, self.memory, ())
             depth_seconds = {d.name: draft_model.time_depth() for d in drafters if isinstance(d, CatchesUp)}
         self._study = Study(self.runner, shape, self.successors, group) if self.successors is not None else None
         self.eos_ids = eos_ids

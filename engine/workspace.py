@@ -82,24 +82,40 @@ def run_largest(
 
 def graph_bytes(
     config: EngineConfig,
-    model: Model | PagedModel,
-    shape: ModelConfig,
+    models: Iterable[tuple[Model | PagedModel, ModelConfig, int]],
     dtype: torch.dtype,
     device: torch.device,
-    fixed_split: int,
     drafters: Iterable[Drafter],
     memory: GPUMemory,
     recorder: Recorder | None = None,
 ) -> int:
     """What the recorded steps of an engine will keep. The largest is recorded, and a few others, over a cache of one block.
 
-    `recorder`: of a device that is none (tests).
+    models: the target and perhaps a draft model, their shapes and fixed splits. `recorder`: of a device that is none (tests).
     """
+    layers, total = taps(drafters), 0
+    for model, shape, fixed_split in models:
+        total += _graph_bytes(config, model, shape, dtype, device, fixed_split, layers, memory, recorder)
+        layers = ()
+    return total
+
+
+def _graph_bytes(
+    config: EngineConfig,
+    model: Model | PagedModel,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    fixed_split: int,
+    layers: tuple[int, ...],
+    memory: GPUMemory,
+    recorder: Recorder | None,
+) -> int:
     runner = make_runner(model, shape, 1, config.block_size, dtype, device, config.attention_backend, fixed_split)
     made: list[Graphs] = []
 
     def record_largest() -> None:
-        graphs = make_graphs(config, shape, runner, taps(drafters), recorder)
+        graphs = make_graphs(config, shape, runner, layers, recorder)
         if graphs is not None:
             made.append(graphs)
             graphs.record(graphs.buckets[:1])

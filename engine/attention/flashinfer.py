@@ -72,7 +72,8 @@ class FlashInferAttention:
         lens = np.array(batch.context_lens) + np.array(batch.num_rows)
         mask = torch.ones(int(lens @ np.array(batch.num_rows)), dtype=torch.bool, device=batch.slots.device)
         mask.index_fill_(0, torch.from_numpy(hidden(batch, self._window)).to(mask.device), False)
-        self._planned.plan(*where, *self._sizes, custom_mask=mask, **kinds)
+        # Its packing takes where sequences begin from the device, and its plan then waits for them to come back.
+        self._planned.plan(*(part.to(mask.device) for part in where), *self._sizes, custom_mask=mask, **kinds)
 
     def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
         """Store the fed rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""

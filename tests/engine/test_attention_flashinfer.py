@@ -42,7 +42,7 @@ class Wrapper:
         assert all(1 <= last <= page_size for last in self.last)
         self.bits: list[np.ndarray] = []
         if custom_mask is not None:
-            assert custom_mask.dtype == torch.bool
+            assert custom_mask.dtype == torch.bool and custom_mask.device == qo_indptr.device
             begins = np.cumsum([0, *((self._rows(b)) * self._keys(b) for b in range(batch))])
             assert len(custom_mask) == begins[-1]
             flat = custom_mask.numpy()

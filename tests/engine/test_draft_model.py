@@ -355,12 +355,12 @@ def test_a_draft_model_that_fails_on_a_text_leaves_it_and_the_others_alone(
         logits = real(seqs, rows, forest, trees)
         if calls == 3:
             logits[0] = float("nan")
-            drafter._model._runner.kv.kv[:, seqs[0].block_ids[-1]] = float("nan")
+            drafter._model.runner.kv.kv[:, seqs[0].block_ids[-1]] = float("nan")
         return logits
 
     drafter._model.forward = forward
     assert tokens(answers(engine, requests)) == expected
-    assert torch.isfinite(drafter._model._runner.kv.kv).all(), "the next owner of these blocks would read NaN behind its mask"
+    assert torch.isfinite(drafter._model.runner.kv.kv).all(), "the next owner of these blocks would read NaN behind its mask"
     assert_all_accepted(engine)
 
 

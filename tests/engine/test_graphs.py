@@ -396,10 +396,13 @@ def test_the_memory_of_all_is_told_from_a_few(
     memory = Told(recorder, first=1000, each=10)
     shape, model, drafters = worker.model_config, worker.runner.model, [GarbageDrafter(96)]
     config = settings_of(worker)
-    found = graph_bytes(config, model, shape, torch.float32, worker.device, 0, drafters, memory, recorder)
+    found = graph_bytes(config, [(model, shape, 0)], torch.float32, worker.device, drafters, memory, recorder)
     count = len(make_buckets(6, 48, BUDGET))
     assert found == 1000 + 10 * count and recorder.recorded <= 5 < count
-    assert graph_bytes(config, model, shape, torch.float32, worker.device, 0, drafters, memory) == 0  # a CPU records nothing
+    assert graph_bytes(config, [(model, shape, 0)], torch.float32, worker.device, drafters, memory) == 0  # a CPU records nothing
+    both = Told(other := Again(), first=1000, each=10)
+    models = [(model, shape, 0), (model, shape, 0)]  # a draft model has graphs of its own
+    assert graph_bytes(config, models, torch.float32, worker.device, drafters, both, other) == found + 10 * count
     drafters[0].needs = Signals(hidden_layers=(1,))
     try:
         with caplog.at_level(logging.INFO, "outrider.engine"):
