@@ -190,6 +190,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtype", default="auto")
     add("--device", default="auto")
     add("--deterministic", action="store_true", help="as the server's flag: what it costs")
+    add("--enforce-eager", action="store_true", help="as the server's flag: no CUDA graphs")
+    add("--attention-backend", default="auto", choices=["auto", "triton", "flashinfer", "reference"], help="as the server's flag")
     add("--synchronize", action="store_true", help="wait for the GPU after each part, which gives each its own time")
     add("--threads", type=int, help="default: all cores")
     add("--load-format", default="auto", choices=["auto", "native", "transformers"])
@@ -264,6 +266,7 @@ def _engine(options: argparse.Namespace, nodes: int) -> tuple[Watched, Engine]:
         model=options.model or options.shape, dtype=options.dtype, num_threads=options.threads, device=options.device,
         drafters=options.drafters.split(","), policy="fixed", budget=nodes, enable_prefix_caching=False,
         load_format=options.load_format, deterministic=options.deterministic, profile=options.shape is None,
+        enforce_eager=options.enforce_eager, attention_backend=options.attention_backend,
         max_model_len=longest, max_num_seqs=max(usual.max_num_seqs, most),
         max_num_batched_tokens=max(usual.max_num_batched_tokens, most * (1 + nodes)),
     )  # fmt: skip
