@@ -9,19 +9,14 @@ ends the actors and frees the group.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import logging
 import os
-import signal
-import socket
-import struct
 import threading
 from typing import Any
 
 import msgspec
 import ray
-from ray.exceptions import GetTimeoutError, RayError
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.exceptions import RayError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from engine.config import EngineConfig
@@ -29,14 +24,11 @@ from engine.executors.parallel import ParallelExecutor
 from engine.executors.rank import RankConfig, run_rank
 from engine.executors.rank_process import Report
 from engine.executors.ranks import RankLostError
+from engine.executors.ray_cluster import free_port, got, join_cluster, reserve, talk_over
 from engine.process import cannot_start, set_threads
 
-PLACE_SECONDS = 300.0  # for Ray to find room; a cluster that grows takes minutes
 LEAVE_SECONDS = 5.0  # for a Stop to be obeyed
 GONE = "another rank is gone"
-SIOCGIFADDR = 0x8915  # the address of an interface, of Linux's netdevice(7)
-
-logger = logging.getLogger("outrider.engine.ranks")
 
 
 class RayExecutor(ParallelExecutor):
@@ -82,7 +74,7 @@ class RayRanks:
     """Actors on the nodes of a cluster; see engine/executors/ranks.py."""
 
     def __init__(self, config: EngineConfig) -> None:
-        _join_cluster()
+        join_cluster()
         self._why: Exception | None = None
         self._lock = threading.Lock()
         self._actors: list[Any] = []  # on GPUs the first one is there for rank 0, and idle
@@ -96,7 +88,7 @@ class RayRanks:
 
     def _place(self, config: EngineConfig) -> None:
         on_gpus = config.device.startswith("cuda") or (config.device == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
-        self._group = group = _reserve(config.tensor_parallel_size, on_gpus)
+        self._group = group = reserve(config.tensor_parallel_size, on_gpus)
         make = ray.remote(RankActor)
         gpus = 1 if on_gpus else 0
         actors = [
@@ -107,10 +99,10 @@ class RayRanks:
         ]
         self._actors = actors
         if on_gpus:  # rank 0 is this process, and computes where Ray keeps a GPU for it
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(_got([actors[0].place.remote()])[0])
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(got([actors[0].place.remote()])[0])
         address = ray.util.get_node_ip_address()
         talk_over(address)
-        self.rendezvous = f"tcp://{address}:{_free_port(address)}"
+        self.rendezvous = f"tcp://{address}:{free_port(address)}"
         self._followed = [
             actor.follow.remote(msgspec.msgpack.encode(RankConfig(engine=config, rank=rank, rendezvous=self.rendezvous)))
             for rank, actor in enumerate(actors[-(config.tensor_parallel_size - 1) :], start=1)
@@ -152,72 +144,3 @@ def _why(rank: int, ref: Any) -> Exception:
     if report.bad_setting:
         return ValueError(report.why)
     return RankLostError(f"rank {rank}: {report.why or 'it ended'}")
-
-
-def _join_cluster() -> None:
-    """Raises ValueError when there is none."""
-    ignored = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(address=os.environ.get("RAY_ADDRESS", "auto"), namespace="outrider", configure_logging=False)
-    except (ConnectionError, RuntimeError) as error:
-        raise ValueError(
-            f"distributed_executor_backend: there is no Ray cluster to join ({str(error).splitlines()[0]}); "
-            f"`ray start --head` starts one, RAY_ADDRESS names one that is elsewhere"
-        ) from None
-    signal.signal(signal.SIGTERM, ignored)  # Ray's own handler would end a process that leaves only when it is told to
-
-
-def _reserve(size: int, on_gpus: bool) -> PlacementGroup:
-    """A bundle for each rank, the first one on this node. Raises ValueError when Ray finds no room."""
-    bundle = {"CPU": 1.0} | ({"GPU": 1.0} if on_gpus else {})
-    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-    group = placement_group([bundle] * size, strategy="PACK", bundle_label_selector=[here] + [{}] * (size - 1))
-    try:
-        ray.get(group.ready(), timeout=PLACE_SECONDS)
-    except GetTimeoutError:
-        remove_placement_group(group)
-        wanted = " and ".join(f"{count:g} {kind}" for kind, count in bundle.items())
-        raise ValueError(
-            f"tensor_parallel_size: in {PLACE_SECONDS:g} s Ray found no room for {size} ranks with {wanted} each, the first of "
-            f"them on this node; the cluster has {_resources()}"
-        ) from None
-    return group
-
-
-def _resources() -> str:
-    there = ray.cluster_resources()
-    return ", ".join(f"{there.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
-
-
-def _got(refs: list[Any]) -> list[Any]:
-    """Raises ValueError when an actor cannot be made: its node lacks Outrider, or went."""
-    try:
-        return list(ray.get(refs, timeout=PLACE_SECONDS))
-    except (RayError, GetTimeoutError) as error:
-        raise ValueError(f"distributed_executor_backend: a rank cannot be placed: {str(error).splitlines()[0]}") from None
-
-
-def talk_over(address: str) -> None:
-    """Gloo and NCCL listen at the interface with this address; of themselves they may take another."""
-    interface = interface_of(address)
-    if interface is not None:
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, interface)
-
-
-def interface_of(address: str) -> str | None:
-    """The name of the interface that has this IPv4 address; None where none does."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            with contextlib.suppress(OSError):  # one without an address
-                if socket.inet_ntoa(fcntl.ioctl(sock.fileno(), SIOCGIFADDR, request)[20:24]) == address:
-                    return name
-    return None
-
-
-def _free_port(address: str) -> int:
-    """Free a moment ago: rank 0 takes it next."""
-    with socket.socket() as sock:
-        sock.bind((address, 0))
-        return int(sock.getsockname()[1])

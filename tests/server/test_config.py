@@ -76,6 +76,7 @@ def test_every_setting_of_the_engine_has_a_flag_that_reaches_it(name: str) -> No
         "lossy": ["--lossy"],
         "deterministic": ["--deterministic"],
         "enforce_eager": ["--enforce-eager"],
+        "distributed_executor_backend": ["--distributed-executor-backend", "ray"],
         "load_format": ["--load-format", "native"],
         "cpu_kernels": ["--cpu-kernels", "torch"],
         "cpu_weights": ["--cpu-weights", "bfloat16"],
