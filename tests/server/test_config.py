@@ -162,9 +162,9 @@ def test_keys_are_never_shown() -> None:
 
 
 def complaint_of(error: Any) -> str:
-    from server.config import _first
+    from server.config import first_complaint
 
-    return _first(error)
+    return first_complaint(error)
 
 
 def test_help_explains_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
