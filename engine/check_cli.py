@@ -22,6 +22,7 @@ class CheckConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: EngineConfig
     device_memory: int | None = None  # bytes of each GPU, or of the machine; None: of those that are here
+    engines: int = 1
 
 
 def report(found: DryRun) -> list[str]:
@@ -35,11 +36,15 @@ def report(found: DryRun) -> list[str]:
     if ranks > 1:
         lines.append(f"ranks    {'; '.join(_ranks(found.shards))}")
     lines.append(f"drafts   {', '.join(found.drafters)}; verifier {found.verifier}")
-    one = "the GPU" if ranks == 1 else f"each of {ranks} GPUs"
-    own = "the machine" if ranks == 1 else f"the machine, which {ranks} ranks share; each of them has"
-    lines.append(f"memory {_gib(found.total_bytes)} of {one if found.device.type == 'cuda' else own}")
+    kind = "each GPU, one for each rank" if found.device.type == "cuda" and ranks > 1 else "the GPU"
+    own = f"the machine, which {found.sharers} ranks share; each of them has" if found.sharers > 1 else "the machine"
+    lines.append(f"memory {_gib(found.total_bytes)} of {kind if found.device.type == 'cuda' else own}")
     parts = found.parts | {"left alone": found.left_bytes}
     lines += [f"       {_gib(size)}  {name}" for name, size in parts.items()]
+    if found.records:
+        lines.append(
+            "         recorded steps take some of the KV cache's part: how much is measured at start (--enforce-eager: none)"
+        )
     tokens = found.parts["KV cache"] // found.token_bytes
     own_limit = (
         "" if memory.max_model_len == model.max_position_embeddings else f" of the model's {model.max_position_embeddings:,}"
@@ -75,7 +80,7 @@ def main() -> int:
     try:
         from engine.dry_run import dry_run  # imports torch: after set_threads
 
-        lines = report(dry_run(config.engine, config.device_memory))
+        lines = report(dry_run(config.engine, config.device_memory, config.engines))
     except Exception as error:
         fatal = cannot_start(error)
         sys.stderr.write(f"outrider: error: {fatal.message}\n")

@@ -39,12 +39,14 @@ class DryRun:
     memory: MemoryPlan
     parts: dict[str, int]
     token_bytes: int  # of KV cache, a drafter's own included
-    total_bytes: int  # of a GPU, or of the machine, which all ranks share
+    total_bytes: int  # of a GPU, or of the machine
+    sharers: int  # ranks of all engines that share it
+    records: bool  # CUDA graphs, which take memory that only a GPU can tell
 
     @property
     def left_bytes(self) -> int:
         """Of the GPU or the machine, what nothing is planned for."""
-        return self.total_bytes - (1 if self.device.type == "cuda" else len(self.shards)) * sum(self.parts.values())
+        return self.total_bytes - self.sharers * sum(self.parts.values())
 
 
 class StatedGPU(GPUMemory):
@@ -61,14 +63,16 @@ class StatedGPU(GPUMemory):
         return self._step
 
 
-def dry_run(config: EngineConfig, device_memory: int | None = None) -> DryRun:
+def dry_run(config: EngineConfig, device_memory: int | None = None, engines: int = 1) -> DryRun:
     """`device_memory`: bytes of each GPU, or of the machine where the device is a CPU; None: as this machine says.
+    `engines`: of a server, each with ranks of its own.
 
     Raises ValueError or OSError, fit for the command line, with the setting that cannot be used and why.
     """
     model = load_config(config.model)
     shards = [Sharding.of(model, rank, config.tensor_parallel_size) for rank in range(config.tensor_parallel_size)]
-    device = _device(config, device_memory)
+    here = engines * (1 if config.distributed_executor_backend == "ray" else len(shards))  # ranks on this machine
+    device = _device(config, device_memory, here)
     dtype = _dtype(config.dtype, model.dtype)
     if config.deterministic:
         deterministic.check(config, shards[0].config, dtype, device)
@@ -87,12 +91,13 @@ def dry_run(config: EngineConfig, device_memory: int | None = None) -> DryRun:
     found = DryRun(
         model=model, shards=shards, device=device, dtype=dtype, drafters=[d.name for d in drafters],
         verifier=verification.default.name, memory=memory, parts=parts, token_bytes=(own + drafts) // config.block_size,
-        total_bytes=total,
+        total_bytes=total, sharers=1 if device.type == "cuda" else here,
+        records=device.type == "cuda" and len(shards) == 1 and not config.enforce_eager,
     )  # fmt: skip
     if found.left_bytes < 0:
         sizes = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.items())
         raise ValueError(
-            f"kv_cache_memory_bytes: {len(shards)} x ({sizes}) do not fit into the machine's {total / 1e6:,.0f} MB; "
+            f"kv_cache_memory_bytes: {here} x ({sizes}) do not fit into the machine's {total / 1e6:,.0f} MB; "
             f"lower it, or take a smaller model"
         )
     return found
@@ -127,15 +132,15 @@ def _draft(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device:
     return DraftRunner(config, model, dtype, device)
 
 
-def _device(config: EngineConfig, device_memory: int | None) -> torch.device:
+def _device(config: EngineConfig, device_memory: int | None, ranks: int) -> torch.device:
     """Raises ValueError for GPUs that are not here and of which nobody said how large they are."""
-    here = torch.cuda.device_count()
-    device = torch.device(config.device if config.device != "auto" else ("cuda" if here else "cpu"))
-    need = (device.index or 0) + config.tensor_parallel_size
-    if device.type == "cuda" and device_memory is None and need > here:
-        field = "device" if config.tensor_parallel_size == 1 else "tensor_parallel_size"
+    count = torch.cuda.device_count()
+    device = torch.device(config.device if config.device != "auto" else ("cuda" if count else "cpu"))
+    need = (device.index or 0) + ranks
+    if device.type == "cuda" and device_memory is None and need > count:
+        field = "device" if ranks == 1 else "tensor_parallel_size" if config.tensor_parallel_size > 1 else "data_parallel_size"
         raise ValueError(
-            f"{field}: it takes {need} GPUs and there are {here} here; to plan for another machine say what each GPU has: "
+            f"{field}: it takes {need} GPUs and there are {count} here; to plan for another machine say what each GPU has: "
             f"--device-memory 80GiB"
         )
     return device

@@ -54,7 +54,11 @@ def size(text: str | None) -> int | None:
 
 def run(config: ServerConfig, model: ResolvedModel, check: Check) -> int:
     """Returns the exit code: 0 with the plan on standard output, 2 with one line on standard error."""
-    message: dict[str, Any] = {"engine": config.engine_config(model.path), "device_memory": check.memory}
+    message: dict[str, Any] = {
+        "engine": config.engine_config(model.path),
+        "device_memory": check.memory,
+        "engines": config.data_parallel_size,
+    }
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path}
     return subprocess.run(COMMAND, input=msgspec.msgpack.encode(message), env=env, check=False).returncode

@@ -132,6 +132,10 @@ def test_gpus_that_are_not_here_have_to_be_described() -> None:
         dry_run(preset("llama-3.1-8b"))
     with pytest.raises(ValueError, match=r"^tensor_parallel_size: it takes 8 GPUs and there are 0 here"):
         dry_run(preset("llama-3.3-70b-tp8"))
+    with pytest.raises(ValueError, match=r"^data_parallel_size: it takes 2 GPUs"):
+        dry_run(preset("llama-3.1-8b"), engines=2)
+    with pytest.raises(ValueError, match=r"^device: it takes 1 GPUs"):
+        dry_run(msgspec.structs.replace(preset("llama-3.3-70b-tp8"), distributed_executor_backend="ray"))
 
 
 def test_on_a_cpu_the_dry_run_says_what_the_server_then_does(tiny_llama_dir: Path) -> None:
@@ -143,8 +147,11 @@ def test_on_a_cpu_the_dry_run_says_what_the_server_then_does(tiny_llama_dir: Pat
     assert found.memory == worker.memory
     assert found.parts == {"weights": worker.memory.weight_bytes, "KV cache": worker.memory.kv_bytes}
     assert found.drafters == worker.info.drafters
-    with pytest.raises(ValueError, match=r"^kv_cache_memory_bytes: .* do not fit into the machine's 1 MB"):
-        dry_run(config, 1_000_000)
+    need = sum(found.parts.values())
+    assert dry_run(config, 3 * need).left_bytes == 2 * need
+    assert dry_run(config, 3 * need, engines=2).left_bytes == need
+    with pytest.raises(ValueError, match=r"^kv_cache_memory_bytes: 4 x .* do not fit into the machine's"):
+        dry_run(config, 3 * need, engines=4)
 
 
 def test_a_gguf_file_is_counted_as_it_will_be_held(smollm2_gguf: Path) -> None:
