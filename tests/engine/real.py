@@ -62,7 +62,7 @@ def make_engine(
     **options: Any,
 ) -> Engine:
     """A fresh engine (pool, scheduler, drafters, policy) over a worker that is idle."""
-    worker.seqs.clear()
+    worker.drop(list(worker.seqs))
     made = [make_drafter(d) if isinstance(d, str) else d for d in drafters]
     worker.drafting = Drafting(made, worker.info.vocab_size)
     name = policy if isinstance(policy, str) else "fixed"
