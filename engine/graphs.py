@@ -26,7 +26,7 @@ from engine.config import EngineConfig
 from engine.kv import KVCache
 from engine.models.batch import ForwardBatch
 from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder
+from engine.models.decoder import Decoder, Paged
 from engine.models.runner import Bucket, Model, ModelRunner, Recordable, Tables
 
 # Up to 7 rows of padding, and beyond 64 up to a quarter: there rows begin to cost. Steps of more than 512 outlast their launches.
@@ -164,10 +164,8 @@ class Graphs:
     def _record(self, bucket: Bucket) -> None:
         token_ids, positions, slots = self._index_of(bucket).zero_()
         slots.fill_(self._kv.scratch_slot)
-        tables, layers = self._room.tables(bucket, slots, positions), self._kv.layers
-
-        def attend(layer: int, q: Tensor, new: Tensor, scale: float) -> Tensor:
-            return tables.run(layers[layer], q, new, scale)
+        tables = self._room.tables(bucket, slots, positions)
+        attend = Paged(self._kv.layers, slots, tables.run)
 
         def step() -> None:
             hidden, kept = self._model.forward(token_ids, positions, attend, self.hidden_layers)

@@ -35,7 +35,7 @@ def _rope(
     tl.store(low + HALF, (b * cos_b + a * sin_b).to(qk.dtype.element_ty), mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def _rope_write_kv(
     qkv,  # [T, (H + 2 * K) * 2 * HALF]: query heads (rotated in place), key heads, value heads
     cos,  # [P, 2 * HALF]

@@ -69,7 +69,7 @@ class Mixed:
     def plan(self, batch: ForwardBatch) -> None:
         self._plain.plan(batch)
 
-    def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
+    def run(self, kv: Tensor, q: Tensor, new: Tensor | None, scale: float) -> Tensor:
         return self._plain.run(kv, q, new, scale)
 
     def warm_up(self, kv: Tensor) -> None:

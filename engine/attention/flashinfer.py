@@ -75,9 +75,10 @@ class FlashInferAttention:
         # Its packing takes where sequences begin from the device, and its plan then waits for them to come back.
         self._planned.plan(*(part.to(mask.device) for part in where), *self._sizes, custom_mask=mask, **kinds)
 
-    def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
+    def run(self, kv: Tensor, q: Tensor, new: Tensor | None, scale: float) -> Tensor:
         """Store the fed rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""
-        self._write(kv, new, self._slots)
+        if new is not None:
+            self._write(kv, new, self._slots)
         asked = q[: self._rows]
         if scale != self._scale:  # the plan has the usual one
             asked = asked * (scale / self._scale)

@@ -108,11 +108,12 @@ class TritonTables:
         there = torch.from_numpy(used).to(self._room.device, non_blocking=True)
         self._block_tables[:count, : used.shape[1]].copy_(there)
 
-    def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
+    def run(self, kv: Tensor, q: Tensor, new: Tensor | None, scale: float) -> Tensor:
         """Store the rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""
         room = self._room
         with interpreted() if q.device.type == "cpu" else nullcontext():
-            write_kv(kv, new, self._slots)
+            if new is not None:
+                write_kv(kv, new, self._slots)
             out = tree_attention(
                 q,
                 kv,

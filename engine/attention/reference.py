@@ -89,9 +89,10 @@ class ReferenceAttention:
             self._group(batch, _padded(group), rows) for rows, segments in alike.items() for group in self._by_length(segments)
         ]
 
-    def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
+    def run(self, kv: Tensor, q: Tensor, new: Tensor | None, scale: float) -> Tensor:
         """Store the fed rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""
-        kv.view(-1, self.head_dim).index_copy_(0, self.kv_rows, new.reshape(-1, self.head_dim))
+        if new is not None:
+            kv.view(-1, self.head_dim).index_copy_(0, self.kv_rows, new.reshape(-1, self.head_dim))
         if len(self.groups) == 1 and self.groups[0].take == slice(0, len(q)):
             return self._attend(kv, q, self.groups[0], scale)
         out = q.new_zeros(q.shape[0], self.num_heads * self.head_dim)

@@ -126,12 +126,13 @@ class TritonAttention:
         """For steps that are recorded (engine/graphs.py)."""
         return TritonRoom(self._heads, self._block_size, self._dtype, self.window, self.fixed_split, most, longest, device)
 
-    def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
+    def run(self, kv: Tensor, q: Tensor, new: Tensor | None, scale: float) -> Tensor:
         """Store the fed rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""
         plan = self._plan
         assert plan is not None, "plan comes before run"
         with interpreted() if q.device.type == "cpu" else nullcontext():
-            write_kv(kv, new, plan.slots)
+            if new is not None:
+                write_kv(kv, new, plan.slots)
             out = tree_attention(
                 q,
                 kv,

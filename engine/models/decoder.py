@@ -6,21 +6,43 @@ passed in, so the same model runs with any backend, and two models run side by s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
-from engine.models.layers import Head, Linear, RMSNorm, RotaryTable, SplitEmbedding, SplitHead, SplitLinear, launched
+from engine.models.layers import Head, Linear, RMSNorm, RotaryTable, SplitEmbedding, SplitHead, SplitLinear
 from engine.models.sharding import Sharding, vocab_parts
 from engine.parallel import ALONE, Group
 from kernels.reference import rope_, silu_mul
 
 # attend(layer, q [T, H, D], new [T, 2, K, D], scale) -> [T, H * D]: stores the keys and values, then attends.
 Attend = Callable[[int, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """An Attend over a paged cache that says where it stores: whoever does that himself calls `run` with None for `new`."""
+
+    layers: Sequence[Tensor]  # kv [N, 2, K, S, D] of each
+    slots: Tensor  # [T]
+    run: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]  # AttentionBackend.run
+
+    def __call__(self, layer: int, q: Tensor, new: Tensor, scale: float) -> Tensor:
+        return self.run(self.layers[layer], q, new, scale)
+
+
+class Fused(Protocol):
+    """Decoder.forward, in another way."""
+
+    def __call__(
+        self, decoder: Decoder, token_ids: Tensor, positions: Tensor, attend: Paged, hidden_layers: tuple[int, ...]
+    ) -> tuple[Tensor, dict[int, Tensor]]: ...
+
 
 T = TypeVar("T")  # a layer in whatever form a decoder keeps it
 W = TypeVar("W")  # a tensor, or what stands for one
@@ -46,22 +68,11 @@ class DecoderLayer:
         self.out = _fused(weights, ["self_attn.o_proj"], group)
         self.gate_up = _fused(weights, ["mlp.gate_proj", "mlp.up_proj"])
         self.down = _fused(weights, ["mlp.down_proj"], group)
-        self._rope, self._act = rope_, silu_mul
-
-    def fuse(self) -> None:
-        """See Decoder.fuse."""
-        from kernels import act, rope  # import triton, which a CPU can do without
-
-        self._rope, self._act = launched(rope.rope_), launched(act.silu_mul)
-        self._fix_norms()
 
     def fix_order(self) -> None:
         """See Decoder.fix_order."""
         for linear in (self.qkv, self.out, self.gate_up, self.down):
             linear.fix_order()
-        self._fix_norms()
-
-    def _fix_norms(self) -> None:
         for norm in (self.input_norm, self.post_norm, self.q_norm, self.k_norm):
             if norm is not None:
                 norm.fix_order()
@@ -75,10 +86,10 @@ class DecoderLayer:
         if self.q_norm is not None and self.k_norm is not None:
             qk[:, : self.num_heads] = self.q_norm(qk[:, : self.num_heads])
             qk[:, self.num_heads :] = self.k_norm(qk[:, self.num_heads :])
-        self._rope(qk, cos, sin)
+        rope_(qk, cos, sin)
         new = qkv[:, self.num_heads * size :].view(rows, 2, self.num_kv_heads, size)
         x = self.out.add_to(attend(self.index, qk[:, : self.num_heads], new, self.scale), x)
-        return self.down.add_to(self._act(self.gate_up(self.post_norm(x))), x)
+        return self.down.add_to(silu_mul(self.gate_up(self.post_norm(x))), x)
 
 
 class Decoder:
@@ -96,6 +107,7 @@ class Decoder:
         """Of a rank of several: `part` says what it holds, `config` is that part's shape, `weights` are its weights."""
         self.config, self.dtype, self.device = config, dtype, device
         self._part, self._group = part, group
+        self._fused: Fused | None = None
         self.weight_bytes = 0
         self.layers: list[DecoderLayer] = []
         self._load(weights)
@@ -106,6 +118,8 @@ class Decoder:
         self, token_ids: Tensor, positions: Tensor, attend: Attend, hidden_layers: tuple[int, ...] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """token_ids, positions [T] -> last hidden states [T, C] (before the final norm), and those after the named layers."""
+        if self._fused is not None and isinstance(attend, Paged):
+            return self._fused(self, token_ids, positions, attend, hidden_layers)
         cos, sin = self.rotary.at(positions)
         x = self.embedding.index_select(0, token_ids)
         hidden: dict[int, Tensor] = {}
@@ -116,9 +130,10 @@ class Decoder:
         return x, hidden
 
     def fuse(self) -> None:
-        """From now on norms, rotations and activations are one launch each: Triton's, where torch takes up to eight."""
-        for layer in self.layers:
-            layer.fuse()
+        """From now on what lies between the products takes four launches a layer (engine/models/fused.py)."""
+        from engine.models.fused import run_layers  # imports triton, which a CPU can do without
+
+        self._fused = run_layers
         self.norm.fix_order()
 
     def fix_order(self) -> None:

@@ -43,13 +43,17 @@ class Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._fixed is not None:
-            with _launching(x.device):
+            with launching(x.device):
                 return self._fixed(x, self.weight, self.bias)
         if self.packed:
             if self.doubled and len(x) == 1:
                 return torch.ops.mkldnn._linear_pointwise(torch.cat((x, x)), self.weight, self.bias, "none", [], "")[:1]
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return F.linear(x, self.weight, self.bias)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """What `add_to` adds."""
+        return self(x)
 
     def add_to(self, x: Tensor, addend: Tensor) -> Tensor:
         """addend + linear(x); one kernel where the weight is packed."""
@@ -68,8 +72,11 @@ class SplitLinear(Linear):
         super().__init__(weight, bias)
         self._group = group
 
+    def whole(self, x: Tensor) -> Tensor:
+        return self._group.reduce(self(x))
+
     def add_to(self, x: Tensor, addend: Tensor) -> Tensor:
-        return self._group.reduce(self(x)).add_(addend)
+        return self.whole(x).add_(addend)
 
 
 class SplitEmbedding:
@@ -150,6 +157,11 @@ class RMSNorm:
         self._given = weight, eps
         self._fixed: Callable[[Tensor, Tensor, float], Tensor] | None = None
 
+    @property
+    def given(self) -> tuple[Tensor, float]:
+        """Weight [C] and eps, as kernels.reference.rms_norm takes them."""
+        return self._given
+
     def fix_order(self) -> None:
         """From now on kernels/norm.py sums: on a GPU torch's own sums depend on the number of rows."""
         from kernels.norm import rms_norm  # imports triton, which a CPU can do without
@@ -159,7 +171,7 @@ class RMSNorm:
     def __call__(self, x: Tensor) -> Tensor:
         """x [..., C] -> [..., C] in x's dtype."""
         if self._fixed is not None:
-            with _launching(x.device):
+            with launching(x.device):
                 return self._fixed(x, *self._given)
         wide = x.float()
         norm = torch.linalg.vector_norm(wide, 2, -1, True).square_().add_(self.floor).sqrt_()
@@ -168,19 +180,9 @@ class RMSNorm:
         return wide.div_(norm).mul_(self.weight).to(x.dtype)
 
 
-def _launching(device: torch.device) -> AbstractContextManager[None]:
+def launching(device: torch.device) -> AbstractContextManager[None]:
     """Where a Triton kernel is launched: on a CPU it is interpreted, which is for tests."""
     return interpreted() if device.type == "cpu" else nullcontext()
-
-
-def launched(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """A function that launches Triton kernels on its first argument's device, or where that is a CPU has them interpreted."""
-
-    def run(x: Tensor, *rest: Tensor) -> Tensor:
-        with _launching(x.device):
-            return kernel(x, *rest)
-
-    return run
 
 
 class RotaryTable:

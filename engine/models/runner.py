@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.kv import KVCache
 from engine.models.batch import ForwardBatch, padded_rows
-from engine.models.decoder import Attend
+from engine.models.decoder import Attend, Paged
 
 
 class Model(Protocol):
@@ -45,7 +45,10 @@ class AttentionBackend(Protocol):
 
     def plan(self, batch: ForwardBatch) -> None: ...
 
-    def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor: ...
+    def run(self, kv: Tensor, q: Tensor, new: Tensor | None, scale: float) -> Tensor:
+        """Store the fed rows' keys and values new [T, 2, K, D] in one layer's kv [N, 2, K, S, D], None: they are there already;
+        then attend with q [T, H, D]. -> [T, H * D]."""
+        ...
 
 
 @runtime_checkable
@@ -74,7 +77,7 @@ class Tables(Protocol):
         """Tell the next run about a batch that fits."""
         ...
 
-    def run(self, kv: Tensor, q: Tensor, new: Tensor, scale: float) -> Tensor:
+    def run(self, kv: Tensor, q: Tensor, new: Tensor | None, scale: float) -> Tensor:
         """As AttentionBackend.run; nothing but sizes decides what is launched."""
         ...
 
@@ -129,11 +132,7 @@ class ModelRunner:
         if self.graphs is not None and (recorded := self.graphs.forward(batch, hidden_layers)) is not None:
             return recorded
         self.attention.plan(batch)
-        layers, run = self.kv.layers, self.attention.run
-
-        def attend(layer: int, q: Tensor, new: Tensor, scale: float) -> Tensor:
-            return run(layers[layer], q, new, scale)
-
+        attend = Paged(self.kv.layers, batch.slots, self.attention.run)
         return self.model.forward(batch.token_ids, batch.positions, attend, hidden_layers)
 
     def logits(self, hidden: Tensor, rows: Tensor) -> Tensor:

@@ -222,6 +222,22 @@ def test_hidden_states_that_are_kept_are_not_overwritten(worker: Worker, graphs:
     assert torch.equal(layers[0], kept)
 
 
+def test_a_fused_model_stores_where_the_recorded_step_says(tiny_llama_dir: Path, recorder: Again, twins: None) -> None:
+    """On a GPU keys and values are stored by the kernel that rotates them (engine/models/fused.py), not by the attention."""
+    worker = load_worker(tiny_llama_dir, attention_backend="triton", block_size=BLOCK, max_num_seqs=6, cpu_kernels="torch")
+    assert isinstance(worker.runner.model, Decoder)
+    worker.runner.model.fuse()
+    batch, _ = batch_of(worker, FITTING[2])
+    plain, _ = worker.runner.forward(batch)
+    expected = worker.kv.kv.clone()
+    worker.kv.kv.zero_()
+    worker.runner.graphs = made(worker, recorder)
+    found, _ = worker.runner.forward(batch)
+    n = batch.num_tokens
+    assert recorder.replayed == 1 and torch.equal(found[:n], plain[:n])
+    assert torch.equal(worker.kv.kv[:, :-1], expected[:, :-1]) and expected[:, :-1].any()
+
+
 REQUESTS = [
     request("greedy", [5, 6, 7, 5, 6], max_tokens=12, temperature=0.0),
     request("sampled", list(range(3, 45)), max_tokens=12, temperature=0.9, seed=7),

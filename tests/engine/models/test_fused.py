@@ -33,8 +33,8 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny.save(tiny.model(tiny.config(request.param)), tmp_path_factory.mktemp(request.param))
 
 
-def logits(model: Decoder, shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Of a prompt, then of a tree behind it."""
+def outcome(model: Decoder, shape: ModelConfig, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Of a prompt, then of a tree behind it: logits, hidden states after the first layer; and what lies in the cache."""
     kv = KVCache(shape.num_layers, 9, shape.num_kv_heads, BLOCK, shape.head_dim, dtype, device)
     heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim)
     runner = ModelRunner(model, kv, ReferenceAttention(*heads, BLOCK, dtype, shape.sliding_window))
@@ -46,28 +46,32 @@ def logits(model: Decoder, shape: ModelConfig, dtype: torch.dtype, device: torch
         (Row(0, 5, 1, 3, [], False), DraftForest.from_parents([([5, 4, 6, 7], [-1, 0, 0, 1])])),
     ):
         batch = ForwardBatch.build([seq], [row], forest, [0], BLOCK, device, runner.scratch_slot)
-        hidden, _ = runner.forward(batch)
-        found.append(runner.node_logits(hidden, batch))
-    return torch.cat(found)
+        hidden, layers = runner.forward(batch, (0, 1))
+        assert torch.equal(layers[1], hidden)  # of two
+        found += [runner.node_logits(hidden, batch), layers[0][: batch.num_tokens].float()]
+    return [*found, kv.kv[:, :-1].float()]
 
 
 def check(folder: Path, dtype: torch.dtype, device: torch.device, tolerance: float) -> None:
     shape = load_config(str(folder))
     made = [Decoder(shape, iter_weights(str(folder), shape), dtype, device) for _ in range(2)]
     made[1].fuse()
-    plain, fused = (logits(model, shape, dtype, device) for model in made)
-    assert not torch.equal(plain, fused)  # other kernels, other roundings
-    torch.testing.assert_close(fused, plain, rtol=tolerance, atol=tolerance * float(plain.abs().max()))
+    plain, fused = (outcome(model, shape, dtype, device) for model in made)
+    assert not torch.equal(plain[0], fused[0])  # other kernels, other roundings
+    for one, other in zip(fused, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+    written = [cache[-1].any(-1) for cache in (plain, fused)]
+    assert torch.equal(*written) and not written[0].all()  # nothing is stored elsewhere
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
-def test_it_gives_the_same_logits(folder: Path, dtype: torch.dtype, tolerance: float) -> None:
+def test_it_does_the_same(folder: Path, dtype: torch.dtype, tolerance: float) -> None:
     check(folder, dtype, torch.device("cpu"), tolerance)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.06)])
-def test_it_gives_the_same_logits_on_a_gpu(folder: Path, dtype: torch.dtype, tolerance: float) -> None:
+def test_it_does_the_same_on_a_gpu(folder: Path, dtype: torch.dtype, tolerance: float) -> None:
     check(folder, dtype, torch.device("cuda"), tolerance)
 
 
