@@ -6,13 +6,17 @@ drafters kept of the first time (whole answers, drafted many tokens at a time) c
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from engine import datastore
 from engine.engine import Engine
@@ -20,6 +24,7 @@ from engine.protocols import Drafter
 from engine.registry import DRAFTERS, make_drafter
 from engine.request import Request
 from engine.worker import Worker
+from tests.engine import pairs
 from tests.engine.models import tiny
 from tests.engine.pairs import alternate, make_requests, tokens
 from tests.engine.real import answers, load_worker, make_engine
@@ -136,3 +141,48 @@ def test_on_a_real_model(name: str, smollm2_dir: Path, tmp_path: Path) -> None:
         for part in np.array_split(np.arange(len(asked)), 3):
             assert_same(tokens(answers(engine, [asked[i] for i in part])), alone)
         assert_same(tokens(answers(engine, again(asked[:8]))), alone)
+    engine = make_engine(worker, drafters(SETS[name], worker, path), budget=8, num_blocks=40)
+    alternate(engine, seed=4, most=8)  # budgets that change at random, beside preemption and prefix hits
+    for part in np.array_split(np.arange(len(asked)), 3):
+        assert_same(tokens(answers(engine, [asked[i] for i in part])), alone)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_draft_model_on_a_real_model(smollm2_dir: Path, tmp_path: Path) -> None:
+    """SmolLM2 without its last two layers drafts for SmolLM2: right now and then."""
+    draft = fewer_layers(smollm2_dir, tmp_path / "draft", 28)
+    asked = real_requests(smollm2_dir)
+    config = pairs.engine_config(smollm2_dir, kv_cache_memory_bytes=256 << 20)
+    engine = Engine(config)
+    alone: Tokens = {}
+    for one in asked:
+        alone |= tokens(answers(engine, [one]))
+    engine.close()
+    for options in ({}, {"enable_prefix_caching": False}):
+        pool = (24 if options else 256) << 20
+        engine = Engine(pairs.engine_config(smollm2_dir, draft, kv_cache_memory_bytes=pool, **options))
+        if not options:
+            for one in asked:
+                assert_same(tokens(answers(engine, [one])), alone)
+            alternate(engine, seed=5)
+        for part in np.array_split(np.arange(len(asked)), 3):
+            assert_same(tokens(answers(engine, [asked[i] for i in part])), alone)
+        stats = engine.stats()
+        assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+        assert set(stats.drafter_fallbacks) <= {"slow"}  # a busy machine
+        assert not options or stats.preemptions > 0
+        engine.close()
+
+
+def fewer_layers(model: Path, made: Path, layers: int) -> Path:
+    """The same model up to a layer, in a directory of its own."""
+    made.mkdir()
+    config = json.loads((model / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(model / name, made / name)
+    weights = load_file(model / "model.safetensors")
+    kept = {n: t for n, t in weights.items() if not (found := re.search(r"layers\.(\d+)\.", n)) or int(found[1]) < layers}
+    save_file(kept, made / "model.safetensors", {"format": "pt"})
+    return made
