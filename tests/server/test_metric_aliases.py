@@ -9,7 +9,7 @@ from server.metric_aliases import SHARED
 from server.metrics import PREFIX
 from tests.server.conftest import Api, ApiFactory
 
-# What vLLM's own dashboards (examples/observability, 2026) ask for, as far as it is core and not HTTP middleware.
+# What vLLM's grafana.json and vllm_speculative_decoding.json (examples/observability) ask for, and a few that others do.
 DASHBOARDS = {
     "vllm:e2e_request_latency_seconds_bucket",
     "vllm:e2e_request_latency_seconds_sum",
