@@ -145,7 +145,8 @@ class Graphs:
         bucket = self._named.get((self._sizes[sequences], self._tiers[tokens]))
         if bucket not in self._recorded or max(batch.num_rows, default=0) > bucket.rows:
             return None
-        return bucket
+        # Somebody who works in the scratch block (engine/study.py) would have his rows overwritten by padding.
+        return None if batch.index[2, : batch.num_tokens].max(initial=-1) >= self._kv.scratch_slot else bucket
 
     def tier(self, tokens: int) -> int | None:
         """Rows that a decoding step of so many tokens is run with; None where it is not a recorded one."""

@@ -231,7 +231,9 @@ def test_a_fused_model_stores_where_the_recorded_step_says(tiny_llama_dir: Path,
     plain, _ = worker.runner.forward(batch)
     expected = worker.kv.kv.clone()
     worker.kv.kv.zero_()
-    worker.runner.graphs = made(worker, recorder)
+    worker.runner.graphs = graphs = make_graphs(settings_of(worker), worker.model_config, worker.runner, (), recorder)
+    assert graphs is not None
+    graphs.record(bucket for bucket in graphs.buckets if (bucket.sequences, bucket.tokens) == (4, 24))
     found, _ = worker.runner.forward(batch)
     n = batch.num_tokens
     assert recorder.replayed == 1 and torch.equal(found[:n], plain[:n])
@@ -316,6 +318,13 @@ def test_what_fits_no_bucket_takes_the_plain_way(
     assert graphs.bucket_for(batch) is None
     hidden, _ = worker.runner.forward(batch)
     assert len(hidden) == padded_rows(batch.num_tokens) and recorder.replayed == 0
+
+
+def test_padding_overwrites_nobody_who_works_in_the_scratch_block(worker: Worker, graphs: Graphs, recorder: Again) -> None:
+    batch, _ = batch_of(worker, [(0, 1, [0, 1])])
+    assert graphs.bucket_for(batch) is not None
+    batch.index[2, :3] = worker.kv.scratch_slot + np.arange(3)
+    assert graphs.bucket_for(batch) is None
 
 
 def test_a_layer_that_was_not_recorded_takes_the_plain_way(worker: Worker, graphs: Graphs, recorder: Again) -> None:
