@@ -196,3 +196,17 @@ async def test_a_signal_while_the_model_loads_ends_it(smollm2_gguf: Path, socket
     await asyncio.to_thread(psutil.wait_procs, [engine], 5)
     assert not engine.is_running()
     assert not left_in(sockets)
+
+
+async def test_it_serves_where_triton_is_missing(smollm2_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is None among the modules is not found, whoever asks: as on a machine for which there is no Triton."""
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text("import sys\nsys.modules['triton'] = None\n")
+    path = [str(tmp_path / "hook"), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+    command = [sys.executable, "-c", "import triton"]
+    missing = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+    assert "import of triton halted" in missing.stderr
+    async with running(smollm2_gguf, tmp_path) as (_, http):
+        response = await http.post("/v1/completions", json=SHORT)
+        assert response.status_code == 200 and response.json()["usage"]["completion_tokens"] == 2
