@@ -46,16 +46,15 @@ def write_pair(folder: Path) -> Pair:
 
 
 def engine_config(target: Path, draft: Path | None = None, **options: Any) -> EngineConfig:
-    settings: dict[str, Any] = {"policy": "fixed" if draft else "off", "budget": 5, "kv_cache_memory_bytes": 1 << 20} | options
+    settings: dict[str, Any] = {"policy": "fixed" if draft else "off", "budget": 5, "kv_cache_memory_bytes": 1 << 20}
+    settings |= {"drafters": ["draft_model"] if draft else ["none"], "profile": False} | options
     return EngineConfig(
         model=str(target),
         dtype="float32",
         num_threads=1,
         block_size=BLOCK,
         check_integrity=True,
-        profile=False,
         draft_model=None if draft is None else str(draft),
-        drafters=["none"] if draft is None else ["draft_model"],
         **settings,
     )
 
