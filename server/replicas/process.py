@@ -26,13 +26,13 @@ KEPT_LINES = 5  # of what it wrote last, for an error's message
 class ServerProcess:
     """Blocks until the server is ready. Raises RuntimeError, with what it said, when it ends before."""
 
-    def __init__(self, settings: Mapping[str, Any]) -> None:
-        """`settings`: those of `outrider serve`, by name. Where it listens is ours to say."""
+    def __init__(self, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> None:
+        """`settings`: those of `outrider serve`, by name; where it listens is ours to say. `environment`: beside our own."""
         own = {key: value for key, value in settings.items() if key not in ("host", "port")}
         with tempfile.TemporaryDirectory(prefix="outrider-") as folder:  # mode 0700: there may be a key among them
             file = Path(folder) / "settings.yaml"
             file.write_text(yaml.safe_dump(own), encoding="utf-8")
-            self._process = self._start("--config", str(file), "--host", "127.0.0.1", "--port", "0")
+            self._process = _start(environment or {}, "--config", str(file), "--host", "127.0.0.1", "--port", "0")
             self._said: deque[str] = deque(maxlen=KEPT_LINES)
             self._log = threading.Thread(target=self._pass_on, daemon=True)
             self._log.start()
@@ -57,17 +57,6 @@ class ServerProcess:
             self._process.kill()
         self._close()
 
-    def _start(self, *flags: str) -> subprocess.Popen[str]:
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        return subprocess.Popen(
-            [*COMMAND, *flags],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ | {"PYTHONPATH": path},
-            text=True,
-        )
-
     def _wait_ready(self) -> str:
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -90,3 +79,10 @@ class ServerProcess:
         for line in self._process.stderr:
             self._said.append(line.strip())
             sys.stderr.write(line)
+
+
+def _start(environment: Mapping[str, str], *flags: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = os.environ | environment | {"PYTHONPATH": path}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*COMMAND, *flags], stdin=pipe, stdout=pipe, stderr=pipe, env=env, text=True)

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import aiohttp
+import ray
 from ray import serve
 from yarl import URL
 
@@ -25,7 +26,8 @@ class Replica:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._stop_seconds = stop_seconds
         self._session: aiohttp.ClientSession | None = None
-        self._server = ServerProcess(settings)
+        # For ranks that Ray places (--distributed-executor-backend ray): this very cluster, where a machine has several.
+        self._server = ServerProcess(settings, {"RAY_ADDRESS": ray.get_runtime_context().gcs_address})
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Head | bytes, None]:
         """Head first, then the body as it comes. Left early, the server hears that its client is gone."""

@@ -35,12 +35,12 @@ class Control:
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def actors(self) -> list[str]:
-        """Where actors are alive: "head" or "node", one word each."""
+    def actors(self) -> list[tuple[str, int]]:
+        """Where actors are alive, "head" or "node", and their process ids."""
         if not ray.is_initialized():
             ray.init(address=self._cluster.address)
         alive = [actor for actor in ray._private.state.actors().values() if actor["State"] == "ALIVE"]
-        return ["node" if actor["Address"]["NodeID"] == self._node.node_id else "head" for actor in alive]
+        return [("node" if actor["Address"]["NodeID"] == self._node.node_id else "head", actor["Pid"]) for actor in alive]
 
     def deploy(self, port: int, args: dict[str, Any]) -> None:
         """Behind a proxy on the first node, at this port of the loopback."""

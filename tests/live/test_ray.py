@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.live.conftest import MODEL, start, stop
+from tests.live.conftest import MODEL, Server, start, stop
 from tests.models import ROOT
 
 pytestmark = [
@@ -90,7 +91,7 @@ def answers(url: str) -> list[str]:
 
 
 def test_a_model_over_two_raylets(tiny_llama_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It gives the same tokens as in one piece; a lost raylet ends its requests, and when there is one again it serves again."""
+    """It gives the same tokens as in one piece. What befalls a rank ends its requests, and then the model is whole again."""
     alone = start(tiny_llama_dir, tmp_path / "alone", *FLAGS)
     expected = answers(alone.url)
     assert stop(alone) == 0
@@ -99,21 +100,41 @@ def test_a_model_over_two_raylets(tiny_llama_dir: Path, tmp_path: Path, monkeypa
         monkeypatch.setenv("RAY_ADDRESS", ray("address"))
         server = start(tiny_llama_dir, tmp_path / "split", *FLAGS, *RANKS)
         try:
-            assert ray("actors") == ["node"]
-            assert answers(server.url) == expected
+            ((where, rank),) = ray("actors")
+            assert where == "node" and answers(server.url) == expected
 
-            ray("kill")
-            codes = Counter[int]()
-            until(lambda: codes.update([ask(server.url, 1).status_code]) or codes.keys() - {200}, "an error")
-            assert codes.keys() <= {200, 500, 503}
+            breaks(server, lambda: os.kill(rank, signal.SIGSTOP))  # longer than --rank-timeout
+            (second,) = recovered(server, ray, expected)
+            assert not psutil.pid_exists(rank)
+
+            breaks(server, server.engine().kill)
+            recovered(server, ray, expected)
+            assert not psutil.pid_exists(second)
+
+            breaks(server, lambda: ray("kill"))
             ray("add")
-            until(lambda: httpx.get(f"{server.url}/ready").status_code == 200, "ready again")
-            assert answers(server.url) == expected
-            assert ray("actors") == ["node"]
+            recovered(server, ray, expected)
         finally:
             code = stop(server)
         assert code == 0, server.errors.read_text()[-4000:]
         until(lambda: ray("actors") == [], "no actor left")
+
+
+def breaks(server: Server, what: Callable[[], object]) -> None:
+    """Requests find out, with an error that says so."""
+    codes = Counter[int]()
+    what()
+    until(lambda: codes.update([ask(server.url, 1).status_code]) or codes.keys() - {200}, "an error")
+    assert codes.keys() <= {200, 500, 503}
+
+
+def recovered(server: Server, ray: Cluster, expected: list[str]) -> list[int]:
+    """The process ids of the ranks beside the first."""
+    until(lambda: httpx.get(f"{server.url}/ready").status_code == 200, "ready again")
+    assert answers(server.url) == expected
+    actors = until(lambda: len(found := ray("actors")) == 1 and found, "one rank")
+    assert [where for where, _ in actors] == ["node"]
+    return [pid for _, pid in actors]
 
 
 def test_a_cluster_that_is_not_there_is_the_operators_to_mend(
@@ -225,8 +246,8 @@ async def test_a_raylet_killed_under_load_takes_its_own_replica_only(smollm2_ggu
 
 
 async def test_the_gate(tiny_llama_dir: Path, tmp_path: Path) -> None:
-    """Prompts that begin alike meet at one replica; errors are the server's; who leaves is noticed; what is too much is refused,
-    and work that waits brings a second replica.
+    """Prompts that begin alike meet at one replica; errors are the server's; who leaves is noticed; what is too much is refused;
+    work that waits brings a second replica; a replica may have its model over several nodes.
     """
     port = free_port()
     args = {"settings": settings(tiny_llama_dir, max_body_bytes=4096), "min_replicas": 2, "max_replicas": 2}
@@ -238,7 +259,7 @@ async def test_the_gate(tiny_llama_dir: Path, tmp_path: Path) -> None:
             await who_leaves_is_noticed(http)
 
             ray("deploy", port=port, args=args | {"max_ongoing_requests": 1, "max_queued_requests": 1})
-            body = {"model": MODEL, "prompt": "a", "max_tokens": 200, "ignore_eos": True, "n": 8}
+            body = {"model": MODEL, "prompt": "a", "max_tokens": 200, "ignore_eos": True, "n": 8, "seed": 1}
             found = await asyncio.gather(*(http.post("/v1/completions", json=body) for _ in range(8)))
             refused = [response for response in found if response.status_code == 429]
             assert {response.status_code for response in found} == {200, 429}
@@ -254,6 +275,13 @@ async def test_the_gate(tiny_llama_dir: Path, tmp_path: Path) -> None:
             for task in load:
                 task.cancel()
             await asyncio.gather(*load, return_exceptions=True)
+
+            split = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+            ray("deploy", port=port, args={"settings": args["settings"] | split})
+            await asyncio.to_thread(until, lambda: ray("running") == 1, "one replica")
+            whole = next(response.json()["choices"][0]["text"] for response in found if response.status_code == 200)
+            response = await http.post("/v1/completions", json=body)
+            assert response.status_code == 200 and response.json()["choices"][0]["text"] == whole
 
 
 async def keep_asking(http: httpx.AsyncClient, body: dict[str, Any]) -> None:
