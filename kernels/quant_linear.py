@@ -18,6 +18,7 @@ from kernels.quant_weight import QuantWeight
 from kernels.sample import multiprocessors
 
 OUTPUTS, INPUTS = 64, 128  # of a tile
+LEAST_ROWS, MOST_ROWS = 16, 64  # likewise: a power of two between them
 
 
 @triton.jit
@@ -117,13 +118,15 @@ def _add_parts(parts, bias, out, size, outputs, splits, BIAS: tl.constexpr, TILE
     tl.store(out + ids, total.to(out.dtype.element_ty), mask=held)
 
 
-def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, splits: int = 0) -> Tensor:
+def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, splits: int = 0, fixed: bool = False) -> Tensor:
     """x [T, K] times the weight [N, K] transposed, plus bias [N]: [T, N] in x's type, summed in float32.
 
     x: bf16, fp16 or fp32, last dimension contiguous, rows of any stride; the weight on x's device. splits: parts of the inputs,
-    0 for as many as fill the device (a function of the weight's shape).
+    0 for as many as fill the device (a function of the weight's shape). fixed: one tile for any number of rows, hence one
+    compiled kernel and one order of sums, as in kernels/linear.py; without it few rows take a smaller one.
     """
     rows, inputs = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
     outputs = weight.out_features
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     if not rows:
@@ -134,7 +137,7 @@ def linear(x: Tensor, weight: QuantWeight, bias: Tensor | None = None, splits: i
     part = triton.cdiv(triton.cdiv(inputs, INPUTS), splits) * INPUTS
     splits = triton.cdiv(inputs, part)
     parts = out if splits == 1 else torch.empty(splits, rows, outputs, dtype=torch.float32, device=x.device)
-    block = min(max(16, triton.next_power_of_2(rows)), 64)
+    block = MOST_ROWS if fixed else min(max(LEAST_ROWS, triton.next_power_of_2(rows)), MOST_ROWS)
     offsets = weight.scales if weight.offsets is None else weight.offsets
     _linear[(tiles, triton.cdiv(rows, block), splits)](
         *(x, weight.packed, weight.scales, offsets, out if bias is None else bias, parts),

@@ -2,13 +2,16 @@
 
 Four-bit numbers lie two to a byte, in runs of 32 inputs: byte j of a run's 16 holds inputs j (low half) and j + 16, as in
 GGUF. Every format is brought there when it is loaded, bit for bit: GGUF's blocks (ggml-common.h) by taking scales and numbers
-apart, AWQ (arXiv 2306.00978) and GPTQ (arXiv 2210.17323) checkpoints by packing anew along the inputs.
+apart, AWQ (arXiv 2306.00978) and GPTQ (arXiv 2210.17323) checkpoints by packing anew along the inputs; kernels/quant_rows.py
+has the formats that lie output by output.
 It quantizes nothing: weights come quantized.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
@@ -58,9 +61,50 @@ class QuantWeight:
             values = values + self.offsets.float().unsqueeze(-1)
         return values.view(self.out_features, -1).to(dtype)
 
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scales.nbytes + (0 if self.offsets is None else self.offsets.nbytes)
+
     def to(self, device: torch.device | str) -> QuantWeight:
-        offsets = None if self.offsets is None else self.offsets.to(device)
-        return QuantWeight(self.packed.to(device), self.scales.to(device), self.group, offsets, self.zero)
+        return self._with(lambda part: part.to(device))
+
+    def rows(self, index: slice | Tensor) -> QuantWeight:
+        """The weight of some outputs: a range, which shares memory, or ids [R] in their order."""
+        return self._with(lambda part: part[index] if isinstance(index, slice) else part.index_select(0, index))
+
+    def columns(self, begin: int, end: int) -> QuantWeight | None:
+        """The weight of a range of inputs, in groups as large as the range allows; None where it cuts a run of 32."""
+        if begin % RUN or end % RUN:
+            return None
+        group = gcd(self.group, begin, end - begin)
+        half = 2 if self.bits == 4 else 1
+        first, last = begin // group, end // group
+        scales, offsets = (self._finer(part, group) for part in (self.scales, self.offsets))
+        assert scales is not None
+        return QuantWeight(
+            self.packed[:, begin // half : end // half].contiguous(),
+            scales[:, first:last].contiguous(),
+            group,
+            None if offsets is None else offsets[:, first:last].contiguous(),
+            self.zero,
+        )
+
+    def _finer(self, part: Tensor | None, group: int) -> Tensor | None:
+        return None if part is None else part.repeat_interleave(self.group // group, 1)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> QuantWeight:
+        offsets = None if self.offsets is None else change(self.offsets)
+        return QuantWeight(change(self.packed), change(self.scales), self.group, offsets, self.zero)
+
+
+def joined(parts: Sequence[QuantWeight]) -> QuantWeight | None:
+    """One weight whose outputs are those of all, one after the other; None where they are not of one form."""
+    first = parts[0]
+    if len({(w.packed.dtype, w.in_features, w.group, w.zero, w.scales.dtype, w.offsets is None) for w in parts}) > 1:
+        return None
+    offsets = None if first.offsets is None else torch.cat([w.offsets for w in parts if w.offsets is not None])
+    packed, scales = torch.cat([w.packed for w in parts]), torch.cat([w.scales for w in parts])
+    return QuantWeight(packed, scales, first.group, offsets, first.zero)
 
 
 def from_q4_0(raw: Tensor, out_features: int) -> QuantWeight:
@@ -86,20 +130,29 @@ def from_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> QuantWeight:
     return _planar(_columns(qweight, AWQ_ORDER), _columns(qzeros, AWQ_ORDER), scales)
 
 
-def from_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None) -> QuantWeight:
-    """GPTQ (its first format), four bits: qweight [K / 8, N], qzeros [K / group, N / 8] int32, each zero stored less one; scales
-    [K / group, N]. Raises ValueError for groups out of order ("desc_act")."""
-    numbers = _columns(qweight.t(), tuple(range(8))).t()
+def from_gptq(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None, stored_less: int = 1) -> QuantWeight:
+    """GPTQ, four bits: qweight [K / 8, N], qzeros [K / group, N / 8] int32, each zero stored less one (less nothing in the second
+    format); scales [K / group, N]. Raises ValueError for groups out of order ("desc_act"): see `gptq_values`."""
+    numbers, zeros = _gptq(qweight, qzeros, stored_less)
     group = len(numbers) // len(scales)
     if g_idx is not None and not torch.equal(g_idx.cpu().long(), torch.arange(len(numbers)) // group):
         raise ValueError("a GPTQ checkpoint whose groups are out of order (desc_act) is not supported")
-    return _planar(numbers, _columns(qzeros, tuple(range(8))) + 1 & 15, scales)
+    return _planar(numbers, zeros, scales)
 
 
-def from_float8(weight: Tensor, scale: Tensor) -> QuantWeight:
-    """float8_e4m3fn [N, K] with a scale of the whole weight (one element) or of each row ([N] or [N, 1])."""
-    rows, columns = weight.shape
-    return QuantWeight(weight.contiguous(), scale.reshape(-1, 1).expand(rows, 1).contiguous(), columns)
+def gptq_values(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, stored_less: int = 1) -> Tensor:
+    """The weight [N, K] float32 of a GPTQ checkpoint whose input k is of group g_idx[k]. ValueError: an unknown group."""
+    if int(g_idx.min()) < 0 or int(g_idx.max()) >= len(scales):
+        raise ValueError(f"group {int(g_idx.max())} of {len(scales)}")
+    numbers, zeros = _gptq(qweight, qzeros, stored_less)
+    groups = g_idx.long()
+    return ((numbers.float() - zeros.float()[groups]) * scales.float()[groups]).t()
+
+
+def _gptq(qweight: Tensor, qzeros: Tensor, stored_less: int) -> tuple[Tensor, Tensor]:
+    """Numbers [K, N] and zeros [K / group, N]."""
+    order = tuple(range(8))
+    return _columns(qweight.t(), order).t(), _columns(qzeros, order) + stored_less & 15
 
 
 def _blocks(raw: Tensor, out_features: int, size: int) -> Tensor:
@@ -117,16 +170,28 @@ def _bytes(blocks: Tensor, at: int) -> Tensor:
     return blocks[:, :, at:].reshape(len(blocks), -1)
 
 
+def half_bytes(words: Tensor) -> Tensor:
+    """int32 [rows, n / 8] -> uint8 [rows, n], from each word's lowest four bits to its highest."""
+    pairs = words.contiguous().view(torch.uint8)
+    return torch.stack((pairs & 15, pairs >> 4), -1).flatten(1)
+
+
 def _columns(words: Tensor, order: tuple[int, ...]) -> Tensor:
     """int32 [rows, n / 8] -> uint8 [rows, n]: column c of eight from half-byte order[c]."""
-    shifts = torch.tensor(order, dtype=torch.int32, device=words.device) * 4
-    return (words.unsqueeze(-1) >> shifts & 15).to(torch.uint8).flatten(1)
+    numbers = half_bytes(words).view(len(words), -1, 8)
+    return numbers[:, :, order].flatten(1)
+
+
+def in_runs(numbers: Tensor) -> Tensor:
+    """uint8 [N, K] of four bits -> [N, K / 2]. Raises ValueError for inputs that are no whole runs."""
+    if numbers.shape[1] % RUN:
+        raise ValueError(f"{numbers.shape[1]} inputs are not whole runs of {RUN}")
+    runs = numbers.reshape(len(numbers), -1, 2, RUN // 2)
+    return (runs[:, :, 0] | runs[:, :, 1] << 4).flatten(1).contiguous()
 
 
 def _planar(numbers: Tensor, zeros: Tensor, scales: Tensor) -> QuantWeight:
     """From numbers [K, N], zeros and scales [K / group, N]."""
-    runs = numbers.t().reshape(numbers.shape[1], -1, 2, RUN // 2)
-    packed = (runs[:, :, 0] | runs[:, :, 1] << 4).flatten(1)
     # (q - z) * s = q * s - z * s: in float32 the product of four bits and a half float is exact.
     offsets = -(zeros.float() * scales.float()).t().contiguous()
-    return QuantWeight(packed.contiguous(), scales.t().contiguous(), len(numbers) // len(scales), offsets)
+    return QuantWeight(in_runs(numbers.t()), scales.t().contiguous(), len(numbers) // len(scales), offsets)

@@ -15,8 +15,9 @@
 
 enum { PANEL = 32, BLOCK = 32, FOUR_RECORD = 640, EIGHT_RECORD = 1088 };
 
-/* Q4_0: scale (n - 8); Q4_1: scale n + least; Q8_0: scale n, n signed. */
-typedef enum { BF16, Q4_0, Q4_1, Q8_0 } Kind;
+/* Q4_0: scale (n - 8); Q4_1: scale n + least; Q8_0: scale n, n signed. Q4_Z is no type of GGUF's: scale (n - zero), the zero a
+ * number of up to five bits in the place of the least, as AWQ and GPTQ have it. Both products are exact in float32, hence the sum. */
+typedef enum { BF16, Q4_0, Q4_1, Q8_0, Q4_Z } Kind;
 
 typedef struct {
     const void *data; /* packed */
@@ -45,6 +46,15 @@ static inline __attribute__((always_inline)) void spread(const void *halves, __m
     }
 }
 
+/* Scales and leasts of a four-bit record. */
+static inline __attribute__((always_inline)) void four_scales(const uint8_t *record, Kind kind, __m512 scale[4], __m512 least[4]) {
+    spread(record, scale);
+    spread(record + 64, least);
+    if (kind == Q4_Z)
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) least[i] = _mm512_fnmadd_ps(scale[i], least[i], _mm512_setzero_ps());
+}
+
 /* Two inputs of 16 outputs, bf16: number j of `first` (8 outputs) and `second` (the next 8). */
 static inline __attribute__((always_inline)) __m512bh four_pair(__m512i first, __m512i second, const int j, __m512 values,
                                                                 const __m512 scale[2], const __m512 least[2]) {
@@ -66,8 +76,7 @@ static void unpack_four(const uint8_t *record, Kind kind, int K, bf16 *out) {
     __m512i *to = (__m512i *)out;
     for (int k = 0; k < K; k += BLOCK, record += FOUR_RECORD) {
         __m512 scale[4], least[4];
-        spread(record, scale);
-        spread(record + 64, least);
+        four_scales(record, kind, scale, least);
         for (int half = 0; half < 2; half++) {
             const __m512i *numbers = (const __m512i *)(record + 128) + 4 * half;
 #pragma GCC unroll 2
@@ -125,6 +134,7 @@ static void unpack_row(const Weight *weight, int row, int K, float *x) {
             for (int i = 0; i < BLOCK; i++)
                 number[i] = (int)(numbers[64 * (i / 16) + 2 * o + i % 2] >> 4 * (i % 16 / 2) & 15) - (weight->kind == Q4_0 ? 8 : 0);
             least = _mm512_cvtph_ps(_mm256_set1_epi16(((const int16_t *)record)[PANEL + o]));
+            if (weight->kind == Q4_Z) least = _mm512_fnmadd_ps(scale, least, _mm512_setzero_ps());
         }
         for (int i = 0; i < BLOCK; i += 16) {
             __m512 value = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_loadu_si512(number + i)), scale, least);
@@ -152,7 +162,7 @@ static inline void pack_eight(const uint8_t *numbers, uint8_t *record, int o) {
 
 /* weight [N][K / 32] blocks of a file -> panels; `other`: panels of 16 rows of weight and 16 of other, as in outrider_pack. */
 void outrider_pack_blocks(const uint8_t *weight, const uint8_t *other, uint8_t *panels, int kind, int N, int K) {
-    const int rows = other ? PANEL / 2 : PANEL, blocks = K / BLOCK, before = kind == Q4_1 ? 4 : 2;
+    const int rows = other ? PANEL / 2 : PANEL, blocks = K / BLOCK, before = kind == Q4_1 || kind == Q4_Z ? 4 : 2;
     const long size = before + (kind == Q8_0 ? BLOCK : BLOCK / 2), record_size = panel_bytes(kind, BLOCK);
     const uint16_t nothing = 0x8000; /* -0 */
     for (int n = 0; n < N; n += rows)
@@ -175,7 +185,7 @@ void outrider_pack_blocks(const uint8_t *weight, const uint8_t *other, uint8_t *
                     pack_eight(block + 2, record, o);
                     continue;
                 }
-                memcpy(record + 2 * (PANEL + o), kind == Q4_1 ? (const void *)(block + 2) : &nothing, 2);
+                memcpy(record + 2 * (PANEL + o), before == 4 ? (const void *)(block + 2) : &nothing, 2);
                 pack_four(block + before, record, o);
             }
         }

@@ -112,8 +112,7 @@ static inline __attribute__((always_inline)) void linear_four(const Linear *l, i
         __m512 scale[4], least[4];
 #pragma GCC unroll 10
         for (int line = 0; line < 10; line++) _mm_prefetch((const char *)record + 4096 + 64 * line, _MM_HINT_T0);
-        spread(record, scale);
-        spread(record + 64, least);
+        four_scales(record, l->w.kind, scale, least);
         for (int half = 0; half < 2; half++, x += 8) {
             const __m512i *from = (const __m512i *)(record + 128) + 4 * half;
             __m512i numbers[4];

@@ -25,17 +25,21 @@ BIASES = ("qkv_bias", "out_bias", "gate_up_bias", "down_bias")
 
 
 class Kind(IntEnum):
-    """What a packed weight's numbers are: bf16, or the 32-input blocks of GGUF's types of these names."""
+    """What a packed weight's numbers are: bf16, or the 32-input blocks of GGUF's types of these names.
+
+    Q4_Z is ours: as Q4_1, but with the number that zero is (up to five bits, as a float16) in the place of the offset.
+    """
 
     BF16 = 0
     Q4_0 = 1
     Q4_1 = 2
     Q8_0 = 3
+    Q4_Z = 4
 
     @property
     def block_bytes(self) -> int:
         """Of 32 inputs of one output, in a file."""
-        return {Kind.BF16: 64, Kind.Q4_0: 18, Kind.Q4_1: 20, Kind.Q8_0: 34}[self]
+        return {Kind.BF16: 64, Kind.Q4_0: 18, Kind.Q4_1: 20, Kind.Q8_0: 34, Kind.Q4_Z: 20}[self]
 
     @property
     def packed_bytes(self) -> int:

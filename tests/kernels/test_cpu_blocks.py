@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.gguf_file import TENSOR_TYPES
-from engine.models.dequant import dequantize
+from engine.models.quantized import Q4_Z, Blocks
 from kernels.cpu.build import Unavailable, library
 from kernels.cpu.native import Kind, Panels, Sink, Threads, pack, pack_blocks, pad_bias
 
@@ -17,9 +17,9 @@ try:
 except Unavailable as unavailable:
     pytest.skip(f"no native kernels here: {unavailable}", allow_module_level=True)
 
-KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0]
-IDS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()}
-HALVES = {Kind.Q4_0: 1, Kind.Q4_1: 2, Kind.Q8_0: 1}  # float16 at the beginning of a block
+KINDS = [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q4_Z]
+IDS = {name: number for number, (name, _, _) in TENSOR_TYPES.items()} | {"Q4_Z": Q4_Z}
+HALVES = {Kind.Q4_0: 1, Kind.Q4_1: 2, Kind.Q8_0: 1, Kind.Q4_Z: 2}  # float16 at the beginning of a block
 # zeros of both signs, the smallest and largest denormals, the smallest normal, 1 / 3, the largest
 EXTREMES = np.array([0, -0.0, 2**-24, -(2**-24), 1023 * 2**-24, 2**-14, 1 / 3, -1 / 3, 65504, -65504], dtype=np.float16)
 
@@ -41,12 +41,14 @@ def blocks(kind: Kind, size: int, inner: int, scale: str = "usual", seed: int = 
         halves = rng.choice(EXTREMES, shape)
     else:  # every finite float16
         halves = rng.integers(0, 0x7C00, shape, dtype=np.uint16) | rng.integers(0, 2, shape, dtype=np.uint16) << 15
+    if kind is Kind.Q4_Z:
+        halves[:, 1] = rng.integers(0, 17, len(made)).astype(np.float16).view(halves.dtype)
     made[:, : 2 * HALVES[kind]] = np.ascontiguousarray(halves).view(np.uint8)
     return made.reshape(size, -1)
 
 
 def plain(kind: Kind, raw: NDArray[np.uint8]) -> torch.Tensor:
-    return dequantize(raw.reshape(-1), IDS[kind.name], (len(raw), raw.shape[1] // kind.block_bytes * 32))
+    return Blocks(raw, IDS[kind.name]).dequantize()
 
 
 def product(threads: Threads, x: torch.Tensor, weight: Panels, size: int, sink: Sink = Sink.STORE) -> torch.Tensor:
@@ -117,7 +119,7 @@ def test_a_rows_product_is_the_same_bits_in_any_company(kind: Kind, threads: Thr
 
 def test_they_are_as_small_as_in_the_file() -> None:
     sizes = {kind: pack_blocks(kind, blocks(kind, 64, 64)).data.nbytes * 8 / 64 / 64 for kind in KINDS}
-    assert sizes == {Kind.Q4_0: 5, Kind.Q4_1: 5, Kind.Q8_0: 8.5}
+    assert sizes == {Kind.Q4_0: 5, Kind.Q4_1: 5, Kind.Q8_0: 8.5, Kind.Q4_Z: 5}
 
 
 def test_what_is_no_block_is_refused() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from kernels import quant_linear, quant_weight, reference_quant
+from kernels import quant_linear, quant_rows, quant_weight, reference_quant
 from kernels.quant_weight import QuantWeight
 
 GGUF = {
@@ -66,13 +66,42 @@ def gptq(outputs: int, inputs: int, group: int) -> tuple[QuantWeight, Tensor]:
 def float8(outputs: int, inputs: int) -> tuple[QuantWeight, Tensor]:
     weight = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
     scale = torch.rand(outputs) + 0.5
-    return quant_weight.from_float8(weight, scale), weight.float() * scale[:, None]
+    return quant_rows.from_float8(weight, scale), weight.float() * scale[:, None]
 
 
 def int8(outputs: int, inputs: int) -> tuple[QuantWeight, Tensor]:
     """A scale per output."""
     weight, scale = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8), torch.rand(outputs, 1)
     return QuantWeight(weight, scale, inputs), weight.float() * scale
+
+
+def packed(outputs: int, inputs: int, bits: int, group: int, symmetric: bool) -> tuple[QuantWeight, Tensor]:
+    """compressed-tensors' "pack-quantized": signed numbers, stored more by half their range, the first in the lowest bits."""
+    half, count = 1 << bits - 1, 32 // bits
+    numbers = torch.randint(-half, half, (outputs, inputs))
+    zeros = (
+        torch.zeros(outputs, inputs // group, dtype=torch.long)
+        if symmetric
+        else torch.randint(-half, half, (outputs, inputs // group))
+    )
+    scales = (torch.rand(outputs, inputs // group) + 0.1).bfloat16()
+
+    def words(values: Tensor) -> Tensor:
+        found = np.zeros((len(values), values.shape[1] // count), dtype=np.uint32)
+        for i in range(count):
+            found |= (values[:, i::count].numpy() + half).astype(np.uint32) << (bits * i)
+        return torch.from_numpy(found.view(np.int32))
+
+    stored = None if symmetric else words(zeros.t()).t()
+    long = [t.float().repeat_interleave(group, 1) for t in (zeros, scales)]
+    return quant_rows.from_packed(words(numbers), scales, bits, stored), (numbers.float() - long[0]) * long[1]
+
+
+def float8_blocks(outputs: int, inputs: int, block: tuple[int, int]) -> tuple[QuantWeight, Tensor]:
+    weight = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
+    scales = torch.rand(-(-outputs // block[0]), -(-inputs // block[1])) + 0.5
+    spread = scales.repeat_interleave(block[0], 0)[:outputs].repeat_interleave(block[1], 1)[:, :inputs]
+    return quant_rows.from_float8(weight, scales, block), weight.float() * spread
 
 
 def made(name: str, outputs: int, inputs: int) -> tuple[QuantWeight, Tensor]:
@@ -91,6 +120,49 @@ def test_a_format_unpacks_to_what_it_says(name: str) -> None:
     weight, values = made(name, 40, 256)
     assert (weight.out_features, weight.in_features) == (40, 256)
     torch.testing.assert_close(weight.dequantize(torch.float32), values, rtol=0, atol=1e-6 if name in ("awq", "gptq") else 0)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 64), (4, 128), (8, 128), (8, 256)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_packed_rows_unpack_to_what_they_say(bits: int, group: int, symmetric: bool) -> None:
+    weight, values = packed(40, 256, bits, group, symmetric)
+    assert weight.group == group and torch.equal(weight.dequantize(torch.float32), values)
+
+
+@pytest.mark.parametrize(("outputs", "inputs", "block"), [(40, 256, (16, 128)), (40, 96, (32, 64)), (8, 160, (128, 128))])
+def test_blocks_of_float8_that_the_sides_need_not_divide_by(outputs: int, inputs: int, block: tuple[int, int]) -> None:
+    weight, values = float8_blocks(outputs, inputs, block)
+    assert torch.equal(weight.dequantize(torch.float32), values)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_parts_are_parts_of_the_values(name: str) -> None:
+    weight, _ = made(name, 40, 256)
+    values = weight.dequantize(torch.float32)
+    ids = torch.tensor([3, 39, 3])
+    assert torch.equal(weight.rows(slice(8, 24)).dequantize(torch.float32), values[8:24])
+    assert torch.equal(weight.rows(ids).dequantize(torch.float32), values[ids])
+    part, uneven = weight.columns(96, 192), weight.columns(16, 64)
+    assert part is not None and torch.equal(part.dequantize(torch.float32), values[:, 96:192]) and uneven is None
+    together = quant_weight.joined([weight, weight.rows(slice(0, 8))])
+    assert together is not None and torch.equal(together.dequantize(torch.float32), torch.cat((values, values[:8])))
+    assert (
+        weight.columns(0, 32) is not None and quant_weight.joined([part, made("Q4_1", 8, 96)[0], made("Q8_0", 8, 96)[0]]) is None
+    )
+    size = weight.packed.nbytes + weight.scales.nbytes + (weight.offsets.nbytes if weight.offsets is not None else 0)
+    assert weight.nbytes == size
+
+
+@pytest.mark.parametrize("stored_less", [0, 1])
+def test_gptq_with_groups_out_of_order(stored_less: int) -> None:
+    numbers, zeros, scales, _ = grouped(16, 64, 32)
+    g_idx = torch.randint(0, 2, (64,), dtype=torch.int32)
+    order = tuple(range(8))
+    tensors = (pack(numbers.t().contiguous(), order).t(), pack((zeros - stored_less) & 15, order), scales)
+    values = ((numbers.float() - zeros.float()[g_idx]) * scales.float()[g_idx]).t()
+    assert torch.equal(quant_weight.gptq_values(*tensors, g_idx, stored_less), values)
+    with pytest.raises(ValueError, match="group 2 of 2"):
+        quant_weight.gptq_values(*tensors, g_idx.fill_(2), stored_less)
 
 
 def check(
@@ -137,6 +209,14 @@ def test_a_rows_bits_do_not_depend_on_its_company_within_a_tile(device: torch.de
     x = torch.randn(9, 512, device=device)
     together = quant_linear.linear(x, weight)
     assert all(torch.equal(together[i : i + 1], quant_linear.linear(x[i : i + 1], weight)) for i in range(9))
+
+
+def test_a_rows_bits_do_not_depend_on_its_company_where_the_tile_is_fixed(device: torch.device) -> None:
+    weight = made("awq", 64, 512)[0].to(device)
+    x = torch.randn(70, 512, device=device)
+    together = quant_linear.linear(x, weight, fixed=True)
+    for count in (1, 17, 40):
+        assert torch.equal(together[:count], quant_linear.linear(x[:count], weight, fixed=True))
 
 
 def test_a_row_of_nan_hurts_no_other(device: torch.device) -> None:
