@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from hypothesis import strategies as st
 
 from engine.attention.reference import ReferenceAttention
 from engine.config import EngineConfig
-from engine.graphs import Graphs, make_buckets, make_graphs, why_not
+from engine.engine import Engine
+from engine.executors.local import LocalExecutor
+from engine.graphs import CudaRecorder, Graphs, make_buckets, make_graphs, why_not
 from engine.memory import GPUMemory
 from engine.models.batch import ForwardBatch, padded_rows
 from engine.models.decoder import Decoder
@@ -401,6 +404,41 @@ def test_a_recording_that_fails_leaves_the_collector_on(worker: Worker, twins: N
     assert gc.isenabled()
 
 
+def test_a_gpu_is_warmed_up_beside_and_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What CudaRecorder asks of torch, in which order: this is as far as a CPU can tell."""
+    told: list[str] = []
+
+    class Stream:
+        def __init__(self, name: object) -> None:
+            self.name = f"side of {name}" if isinstance(name, torch.device) else str(name)
+
+        def wait_stream(self, other: Stream) -> None:
+            told.append(f"{self.name} waits for {other.name}")
+
+    class Graph:
+        def replay(self) -> None:
+            told.append("replay")
+
+    @contextmanager
+    def inside(what: str) -> Iterator[None]:
+        told.append(f"into {what}")
+        yield
+        told.append("out")
+
+    monkeypatch.setattr("torch.cuda.Stream", Stream)
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: Stream("main"))
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: inside(stream.name))
+    monkeypatch.setattr("torch.cuda.graph", lambda graph, pool, stream: inside(f"recording on {stream.name}, {pool}"))
+    recorder = CudaRecorder(torch.device("cuda"))
+    replays = [recorder.record(lambda: told.append("step")) for _ in range(2)]
+    warm = ["side of cuda waits for main", "into side of cuda", "step", "out", "main waits for side of cuda"]
+    assert told == [*warm, "into recording on side of cuda, pool", "step", "out"] * 2
+    replays[0]()
+    assert told[-1] == "replay"
+
+
 class Told(GPUMemory):
     """A GPU of which each recording takes so much, and the first one more."""
 
@@ -438,6 +476,27 @@ def test_the_memory_of_all_is_told_from_a_few(
         assert recorder.replayed == 1 and set(layers) == {1}
     finally:
         worker.runner.graphs = None
+
+
+def test_an_engine_records_before_it_is_ready_and_never_later(
+    tiny_llama_dir: Path, recorder: Again, twins: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it would start on a GPU: the cost model is told the tiers, the log and /metrics what attends."""
+    config = EngineConfig(
+        model=str(tiny_llama_dir), dtype="float32", drafters=["ngram"], policy="fixed", budget=3, attention_backend="triton",
+        max_num_seqs=2, max_num_batched_tokens=16, num_threads=1, kv_cache_memory_bytes=1 << 20, cpu_kernels="torch",
+    )  # fmt: skip
+    plain = answers(Engine(config, LocalExecutor(config)), REQUESTS[:2])
+    monkeypatch.setattr("engine.workspace.make_graphs", lambda *args: make_graphs(*args[:4], recorder))
+    monkeypatch.setattr("engine.workspace.GPUMemory", lambda device: Told(recorder, first=0, each=1))
+    executor = LocalExecutor(config)
+    recorder.over = True
+    assert executor.info.backend == "triton, triton in graphs"
+    assert recorder.recorded == len(make_buckets(2, 16, 3))
+    assert [executor.tier(tokens) for tokens in (1, 3, 5, 8, 9, 21)] == [1, 4, 8, 8, padded_rows(9), padded_rows(21)]
+    found = answers(Engine(config, executor), REQUESTS[:2])
+    assert {key: answer.tokens for key, answer in found.items()} == {key: answer.tokens for key, answer in plain.items()}
+    assert recorder.replayed > 5
 
 
 # ---- on a GPU
