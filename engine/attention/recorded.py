@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.attention.trees import Trees
+from engine.attention.trees import Int, paths_of, words_of
 from engine.models.batch import ForwardBatch
 from engine.models.runner import Bucket
 from kernels.interpreter import interpreted
@@ -94,12 +94,13 @@ class TritonTables:
         ends = np.cumsum([int(np.prod(shape)) for shape in self._shapes])[:-1]
         pieces = zip(np.split(small, ends), self._shapes, strict=True)
         told, cu_q, context_lens, roots, words, paths = (piece.reshape(shape) for piece, shape in pieces)
-        trees, count = Trees.of(batch), len(batch.num_rows)
+        count = len(batch.num_rows)
         told[:] = self._part_sizes(batch)
         cu_q[1:] = batch.num_tokens
         cu_q[1 : count + 1] = np.cumsum(batch.num_rows)
-        context_lens[:count], roots[:count] = batch.context_lens, trees.roots
-        trees.write(batch, words, paths)
+        context_lens[:count] = batch.context_lens
+        roots[:count] = [rows if tree is None else 0 for rows, tree in zip(batch.num_rows, batch.ancestors, strict=True)]
+        self._write_trees(batch, words, paths)
         self._small.copy_(torch.from_numpy(small), non_blocking=True)
         used = np.zeros((count, max(map(len, batch.block_tables), default=0)), np.int32)
         for table, blocks in zip(used, batch.block_tables, strict=True):
@@ -107,6 +108,16 @@ class TritonTables:
         # Contiguous to the device, and there to its place: a copy into a part of a table would wait for the device.
         there = torch.from_numpy(used).to(self._room.device, non_blocking=True)
         self._block_tables[:count, : used.shape[1]].copy_(there)
+
+    def _write_trees(self, batch: ForwardBatch, words: Int, paths: Int) -> None:
+        """A tree begins with a sequence's first row: to find out how long its trunk is takes longer than it saves."""
+        seen = np.zeros((len(words), 32 * words.shape[1]), dtype=bool)
+        for first, rows, tree in zip(batch.first_rows, batch.num_rows, batch.ancestors, strict=True):
+            if tree is not None:
+                seen[first : first + rows, :rows] = tree
+                if paths.shape[1]:
+                    paths[first : first + rows] = paths_of(tree, paths.shape[1])
+        words[:] = words_of(seen)
 
     def run(self, kv: Tensor, q: Tensor, new: Tensor | None, scale: float) -> Tensor:
         """Store the rows' keys and values in one layer's kv, then attend. q [T, H, D], new [T, 2, K, D] -> [T, H * D]."""

@@ -36,30 +36,31 @@ class Trees:
         return max((int(mask.sum(1).max()) for mask in self.masks if mask is not None), default=0)
 
     def write(self, batch: ForwardBatch, words: Int, paths: Int) -> None:
-        """Fill the trees' rows of words [T, num_words or more] and of paths [T, depth or more, or 0]; leave the others."""
+        """Fill words [T, num_words or more], and the trees' rows of paths [T, depth or more, or 0]."""
+        seen = np.zeros((len(words), 32 * words.shape[1]), dtype=bool)
         for first, rows, root, mask in zip(batch.first_rows, batch.num_rows, self.roots.tolist(), self.masks, strict=True):
             if mask is not None:
-                words[first + root : first + rows] = _words(mask, words.shape[1])
+                seen[first + root : first + rows, : len(mask)] = mask
                 if paths.shape[1]:
-                    paths[first + root : first + rows] = _paths(mask, paths.shape[1])
+                    paths[first + root : first + rows] = paths_of(mask, paths.shape[1])
+        words[:] = words_of(seen)
 
 
 def _split(mask: Mask | None, rows: int) -> tuple[int, Mask | None]:
     """A sequence's rows that all later ones see are a chunk; how many these are, and who sees whom among the others, if any."""
     if mask is None:
         return rows, None
-    shared = (mask | ~np.tri(rows, dtype=bool)).all(0)
+    shared = mask.sum(0) == np.arange(rows, 0, -1)  # nobody sees who comes later
     root = rows if shared.all() else int(shared.argmin())
     return root, mask[root:, root:] if root < rows else None
 
 
-def _words(mask: Mask, count: int) -> Int:
-    """bool [n, n] -> int32 words [n, count]."""
-    packed = np.packbits(mask, axis=1, bitorder="little")
-    return np.pad(packed, ((0, 0), (0, 4 * count - packed.shape[1]))).view("<i4")
+def words_of(seen: Mask) -> Int:
+    """bool [n, 32 * words] -> int32 words [n, words]."""
+    return np.packbits(seen, axis=1, bitorder="little").view("<i4")
 
 
-def _paths(mask: Mask, depth: int) -> Int:
+def paths_of(mask: Mask, depth: int) -> Int:
     """[n, depth]: whom each row sees, in order; behind itself anything."""
     order = np.argsort(~mask, axis=1, kind="stable")[:, :depth]
     return np.pad(order, ((0, 0), (0, depth - order.shape[1]))).astype(np.int32)

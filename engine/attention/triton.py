@@ -66,9 +66,10 @@ class TritonAttention:
         trees, total = Trees.of(batch), len(batch.slots)
         branched = trees.num_words > 0
         with_paths = branched and self.fixed_split > 0
-        words = np.full((total, trees.num_words), -1, np.int32)
+        words = np.zeros((total, trees.num_words), np.int32)
         paths = np.zeros((total, trees.depth if with_paths else 0), np.int32)
-        trees.write(batch, words, paths)
+        if branched:
+            trees.write(batch, words, paths)
         tables = np.zeros((len(batch.block_tables), max(map(len, batch.block_tables), default=0)), np.int32)
         for table, blocks in zip(tables, batch.block_tables, strict=True):
             table[: len(blocks)] = blocks
