@@ -96,7 +96,7 @@ class Engine:
         return self.config.profile and not self.has_work() and isinstance(self.executor, Studies) and self.executor.study()
 
     def check(self) -> None:
-        """Raises RuntimeError when the engine cannot go on: a rank is gone."""
+        """Raises ExecutorLostError when the engine cannot go on: a rank is gone."""
         if self._watched is not None:
             self._watched.check()
 

@@ -15,6 +15,7 @@ import zmq
 from engine.config import EngineConfig, ProcessConfig
 from engine.messages import Abort, Add, Deltas, Fatal, FromEngine, Ready, Shutdown, Stats, ToEngine, TokenDelta
 from engine.process import cannot_start, connect, read_config, set_threads, settle
+from engine.protocols import ExecutorLostError
 from engine.request import Request
 
 if TYPE_CHECKING:
@@ -50,6 +51,10 @@ class Loop:
                     self.send_deltas(self.engine.step())
                     self.stats_due = min(self.stats_due, self.stats_soon)
                 self.send_stats()
+        except ExecutorLostError as error:  # requests end with this process, as if it had been killed
+            logger.error("the engine cannot go on", exc_info=error)
+            self.send(Fatal(f"the engine cannot go on: {error}"))
+            return 1
         except Exception as error:
             logger.exception("the engine failed")
             for request_id in list(self.live):

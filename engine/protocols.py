@@ -238,12 +238,16 @@ class Studies(Protocol):
         ...
 
 
+class ExecutorLostError(RuntimeError):
+    """What an executor rests on is gone, by no request's fault: another engine may serve them."""
+
+
 @runtime_checkable
 class Watched(Protocol):
     """An executor that rests on other processes."""
 
     def check(self) -> None:
-        """Raises RuntimeError when one of them is gone. Called at least once a second."""
+        """Raises ExecutorLostError when one of them is gone. Called at least once a second."""
         ...
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from engine.config import EngineConfig
-from engine.messages import Abort, Add, Deltas, EngineInfo, EngineStats, FromEngine, Ready, Stats, TokenDelta
+from engine.messages import Abort, Add, Deltas, EngineInfo, EngineStats, Fatal, FromEngine, Ready, Stats, TokenDelta
 from engine.request import Request
 from server.supervisor import COMMAND, Supervisor
 
@@ -181,6 +181,8 @@ class EngineClient:
             self.info = message.info
             self.ready = True
             self._became_ready.set()
+        elif isinstance(message, Fatal):  # it is on its way out
+            self.ready, self._why = False, message.message
 
     def _on_delta(self, delta: TokenDelta) -> None:
         stream = self._streams.get(delta.request_id)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from engine.protocols import ExecutorLostError
 
-class RankLostError(RuntimeError):
+
+class RankLostError(ExecutorLostError):
     """Another rank is gone, and with it a part of the model: this engine is over."""
 
 
