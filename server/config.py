@@ -76,7 +76,9 @@ class ServerConfig(BaseSettings):
         _ENGINE.tensor_parallel_size, ge=1, le=64, description="split the model over so many GPUs, or processes on a CPU"
     )
     rank_timeout: float = Field(
-        _ENGINE.rank_timeout, gt=0, description="seconds that one of them may keep the others waiting until the engine is restarted"
+        _ENGINE.rank_timeout,
+        gt=0,
+        description="seconds that one of them may keep the others waiting until the engine is restarted",
     )
     distributed_executor_backend: Literal["mp", "ray"] = Field(
         _ENGINE.distributed_executor_backend, description="where the ranks are: processes here, or actors of a Ray cluster"

@@ -64,6 +64,7 @@ def test_the_bigrams_are_read_over_all_ranks(pair: pairs.Pair, tmp_path: Path) -
     assert np.array_equal(*tables)
 
 
+@pytest.mark.long
 def test_more_ranks_than_key_value_heads(pair: pairs.Pair, requests: list[Request], alone: Tokens) -> None:
     engine = Engine(engine_config(pair.target, tensor_parallel_size=4, drafters=["suffix"], policy="fixed"))
     try:
@@ -117,7 +118,7 @@ def endless(count: int = 16) -> list[Request]:
     return [request(f"r{i}", [3 + i, 4, 5], max_tokens=100, ignore_eos=True) for i in range(count)]
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
 def test_a_killed_rank(size: int, start: Any) -> None:
     engine, _, processes = start(size=size, kv_cache_memory_bytes=16 << 20)
     for one in endless():

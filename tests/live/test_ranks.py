@@ -83,6 +83,7 @@ async def lose(server: Server, end: Callable[[psutil.Process], None]) -> float:
     return seconds
 
 
+@pytest.mark.long
 async def test_a_killed_rank(server: Server) -> None:
     assert await lose(server, psutil.Process.kill) < 60
 
