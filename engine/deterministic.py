@@ -28,6 +28,8 @@ def check(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: 
         raise ValueError("deterministic: only the native decoder can do it, and this model runs through transformers' own code")
     if device.type == "cpu" and config.attention_backend != "triton":
         why = "cpu_kernels is torch" if config.cpu_kernels == "torch" else unavailable(model, dtype, device)
+        if config.tensor_parallel_size > 1:
+            why = "tensor_parallel_size is more than 1"
         if why is not None:
             raise ValueError(f"deterministic: on a CPU the native kernels can do it, and they are not used: {why}")
         return

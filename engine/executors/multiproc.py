@@ -49,6 +49,8 @@ class MultiprocExecutor(ParallelExecutor):
             raise
         super().__init__(config, ranks, ranks.rendezvous)
         self.pids = ranks.pids
+        if not self._on_gpu:  # NCCL goes on looking there
+            ranks.forget_rendezvous()
 
 
 class LocalRanks:
@@ -73,6 +75,10 @@ class LocalRanks:
             with contextlib.suppress(BrokenPipeError):  # it died already: its exit code says more
                 process.stdin.write(told)
                 process.stdin.close()
+
+    def forget_rendezvous(self) -> None:
+        """They have met: who is killed leaves no file behind."""
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
     def pids(self) -> list[int]:
@@ -112,7 +118,7 @@ class LocalRanks:
                 if pipe is not None:
                     with contextlib.suppress(BrokenPipeError):
                         pipe.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self.forget_rendezvous()
 
 
 def _why(rank: int, process: subprocess.Popen[bytes]) -> Exception:

@@ -31,7 +31,7 @@ class ParallelExecutor(LocalExecutor):
         self._ranks = ranks
         self._group = ALONE
         self._steps: int | None = 0  # which step is under way; 0: the start
-        self._on_gpu = False
+        self._on_gpu = self._closed = False
         self._watchdog = Watchdog(self._pulse, ranks, config.rank_timeout)
         try:
             device = device_of(config, local_rank)
@@ -63,6 +63,10 @@ class ParallelExecutor(LocalExecutor):
             raise self._watchdog.why
 
     def close(self) -> None:
+        """A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         if self._watchdog.why is None:
             with contextlib.suppress(RuntimeError):  # one that went this very moment
                 tell(self._group, Stop())

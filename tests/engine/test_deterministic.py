@@ -98,6 +98,7 @@ def complaint(shape: ModelConfig, dtype: torch.dtype, device: torch.device, **op
 def test_on_a_cpu_only_the_native_kernels_can(shape: ModelConfig) -> None:
     assert "cpu_kernels is torch" in complaint(shape, BF16, CPU, cpu_kernels="torch")
     assert "for bfloat16 on the CPU, not float32" in complaint(shape, torch.float32, CPU)
+    assert "tensor_parallel_size is more than 1" in complaint(shape, BF16, CPU, tensor_parallel_size=2)
 
 
 @with_triton

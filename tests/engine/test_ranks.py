@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -185,6 +186,15 @@ def test_a_rank_that_cannot_start_is_told_as_it_tells_it(pair: pairs.Pair) -> No
         MultiprocExecutor(engine_config(pair.target, tensor_parallel_size=2, load_format="transformers"))
     with pytest.raises(RankLostError, match="rank 1 ended with exit code 3"):
         MultiprocExecutor(engine_config(pair.target, tensor_parallel_size=2), (sys.executable, "-c", "raise SystemExit(3)"))
+
+
+def test_ranks_leave_when_they_are_told(start: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    engine, executor, _ = start()
+    assert not list(tmp_path.iterdir())  # they have met
+    engine.close()
+    assert [process.returncode for process in executor._ranks._processes] == [0]
+    engine.check()
 
 
 def test_an_engine_in_one_process_has_nothing_to_lose(pair: pairs.Pair) -> None:
