@@ -123,7 +123,7 @@ def test_what_a_step_costs_is_measured_over_all_ranks_and_leaves_nothing(
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", ["suffix", "token_recycling", "all"])
+@pytest.mark.parametrize("name", ["all"])
 def test_on_a_real_model(name: str, smollm2_dir: Path, tmp_path: Path) -> None:
     """SmolLM2's 9 heads over 3 key-value heads make 6 and 3 on two ranks."""
     asked = real_requests(smollm2_dir)
