@@ -32,6 +32,8 @@ def report(found: DryRun) -> list[str]:
         f"model    {model.architecture}, {model.num_layers} layers of {model.hidden_size:,}, {_shape(model)}, heads of "
         f"{model.head_dim}, vocabulary {model.vocab_size:,}, {str(found.dtype).removeprefix('torch.')}"
     )
+    if model.quantization is not None:
+        head += f", {model.quantization.label}"
     lines = [head]
     if ranks > 1:
         lines.append(f"ranks    {'; '.join(_ranks(found.shards))}")

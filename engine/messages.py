@@ -82,6 +82,7 @@ class EngineInfo(msgspec.Struct, kw_only=True):
     prediction_drafters: list[str] = []  # whose tokens the OpenAI usage fields report as predicted ones
     depth_seconds: dict[str, float] = {}  # drafters with a model: what a depth takes for one sequence, timed at start
     eos_ids: list[int] = []  # ids that end a sequence, from the model's own generation settings
+    quantization: str = ""  # how the weights are quantized, in words; empty where they are not
 
 
 class EngineStats(msgspec.Struct, kw_only=True):

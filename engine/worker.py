@@ -26,7 +26,8 @@ from engine.memory import MemoryPlan, out_of_memory, plan_memory
 from engine.messages import EngineInfo
 from engine.models.batch import ForwardBatch
 from engine.models.config import ModelConfig
-from engine.models.factory import load_model
+from engine.models.decoder import Decoder
+from engine.models.factory import held, load_model
 from engine.models.loader import load_config
 from engine.models.runner import Model, PagedModel, WarmsUp
 from engine.models.sharding import Sharding
@@ -102,7 +103,7 @@ class Worker:
         self.eos_ids = eos_ids
         self.target_law = TargetLaw(shape.vocab_size, self.eos_ids, self.device)
         if device_rules.has_kernels(self.device):
-            self._warm_up()
+            self._warm_up([model for model, _, _ in models])
         with out_of_memory(self.device, "the captured graphs (--enforce-eager does without)"):
             record_graphs(config, shape, self.runner, self.memory, drafters)
         self.policy: Policy = registry.make_policy("fixed")
@@ -133,12 +134,16 @@ class Worker:
             eos_ids=sorted(self.eos_ids),
             max_budget=config.max_budget if config.policy == "goodput" else config.budget,
             prediction_drafters=[d.name for d in drafters if getattr(d, "reports_prediction", False)],
+            quantization=held(self.model_config, model),
         )
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, models: Seq[Model | PagedModel]) -> None:
         """Compile what any step may need: none has to wait for a compiler."""
         nodes = 1 + max(self.config.budget, self.config.max_budget)
         device_rules.warm_up(self.model_config.vocab_size, self.device, nodes)
+        for model in models:
+            if isinstance(model, Decoder):
+                model.warm_up()
         if isinstance(self.runner.attention, WarmsUp):
             self.runner.attention.warm_up(self.kv.layers[0])
         self.kv.warm_up(min(nodes * self.config.max_num_seqs, self.config.max_num_batched_tokens))

@@ -15,9 +15,9 @@ from kernels.quant_weight import QuantWeight, half_bytes, in_runs
 
 
 def from_packed(words: Tensor, scales: Tensor, bits: int, zeros: Tensor | None = None) -> QuantWeight:
-    """words int32 [N, K / 8] (four bits) or [N, K / 4] (eight), each number stored more by half its range; scales [N, groups].
-    zeros, packed likewise along the outputs [N / 8 or N / 4, groups]: what numbers are counted from, else 0."""
-    numbers = _numbers(words, bits)
+    """words int32 [N, K / 8] (four bits) or [N, K / 4] (eight), each number stored more by half its range; scales [N, groups], or
+    of each row, or of all. zeros: what numbers are counted from, else 0; packed likewise along the outputs, [N / 8, groups]."""
+    numbers, scales = _numbers(words, bits), _each_row(scales, len(words))
     known = None if zeros is None else _numbers(zeros.t(), bits).t()
     if bits == 4:
         group = numbers.shape[1] // scales.shape[1]
@@ -31,7 +31,9 @@ def from_packed(words: Tensor, scales: Tensor, bits: int, zeros: Tensor | None =
 def from_int8(numbers: Tensor, scales: Tensor, zeros: Tensor | None = None) -> QuantWeight:
     """int8 [N, K]; scales of the whole weight (one element) or [N, groups]; zeros likewise, of any type."""
     scales = _each_row(scales, len(numbers))
-    offsets = None if zeros is None else _offsets(_each_row(zeros, len(numbers)).float(), scales)
+    offsets = None
+    if zeros is not None and bool(zeros.any()):
+        offsets = _offsets(_each_row(zeros, len(numbers)).float(), scales)
     return QuantWeight(numbers.contiguous(), scales, numbers.shape[1] // scales.shape[1], offsets)
 
 

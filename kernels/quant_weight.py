@@ -69,8 +69,8 @@ class QuantWeight:
         return self._with(lambda part: part.to(device))
 
     def rows(self, index: slice | Tensor) -> QuantWeight:
-        """The weight of some outputs: a range, which shares memory, or ids [R] in their order."""
-        return self._with(lambda part: part[index] if isinstance(index, slice) else part.index_select(0, index))
+        """The weight of some outputs, in memory of its own: a range, or ids [R] in their order."""
+        return self._with(lambda part: part[index].clone() if isinstance(index, slice) else part.index_select(0, index))
 
     def columns(self, begin: int, end: int) -> QuantWeight | None:
         """The weight of a range of inputs, in groups as large as the range allows; None where it cuts a run of 32."""

@@ -147,9 +147,10 @@ def ready_line(address: str, name: str, *infos: EngineInfo) -> str:
     most = {"fixed": info.budget, "off": 0}.get(info.policy, info.max_budget)
     policy = f"{info.policy}({most})" if most else info.policy
     lossy = "" if info.lossless else " (LOSSY: answers may differ from the model's own)"
+    weights = f" weights=({info.quantization})" if info.quantization else ""
     seconds = max(info.load_seconds for info in infos)
     return (
-        f"outrider is ready: {address} model={name} device={info.device} dtype={info.dtype} "
+        f"outrider is ready: {address} model={name} device={info.device} dtype={info.dtype}{weights} "
         f"drafters={','.join(info.drafters)} verifier={info.verifier}{lossy} policy={policy} "
         f"{_memory(infos)}, loaded in {seconds:.1f} s"
     )

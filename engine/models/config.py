@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from engine.models.quantization import Quantization, read_quantization
+
 _FAMILIES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
@@ -64,6 +66,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     dtype: str = "float32"  # of the stored weights: bfloat16 | float16 | float32
+    quantization: Quantization | None = None  # of the linear layers
     unsupported: str | None = None
 
     @property
@@ -115,8 +118,9 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             bos_token_id=next(iter(_token_ids(config, "bos_token_id", vocab)), None),
             dtype=_dtype(config),
         )
-        problem = _quantized(config) or _foreign(made) or rope_problem or window_problem
-        return msgspec.structs.replace(made, unsupported=problem)
+        quantization, quantization_problem = read_quantization(config)
+        problem = quantization_problem or _foreign(made) or rope_problem or window_problem
+        return msgspec.structs.replace(made, quantization=quantization, unsupported=problem)
 
 
 def is_native(config: dict[str, Any]) -> bool:
@@ -193,14 +197,6 @@ def _window(get: _Reader, architecture: str) -> tuple[int | None, str | None]:
     if kinds == {"sliding_attention"}:
         return window, None
     return None, "layers of different kinds: " + ", ".join(sorted(map(str, kinds)))
-
-
-def _quantized(config: dict[str, Any]) -> str | None:
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return None
-    method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-    return f"quantized weights ({method})"
 
 
 def _token_ids(config: dict[str, Any], key: str, vocab_size: int) -> tuple[int, ...]:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from engine.models.config import ModelConfig
-from engine.models.layers import Head, Linear, RMSNorm, RotaryTable, SplitEmbedding, SplitHead, SplitLinear
+from engine.models.layers import Head, Linear, QuantEmbedding, RMSNorm, RotaryTable, SplitEmbedding, SplitHead, SplitLinear
 from engine.models.sharding import Sharding, vocab_parts
 from engine.parallel import ALONE, Group
+from kernels.quant_weight import QuantWeight, joined
 from kernels.reference import rope_, silu_mul
 
 # attend(layer, q [T, H, D], new [T, 2, K, D], scale) -> [T, H * D]: stores the keys and values, then attends.
@@ -44,6 +45,7 @@ class Fused(Protocol):
     ) -> tuple[Tensor, dict[int, Tensor]]: ...
 
 
+Weight = Tensor | QuantWeight
 T = TypeVar("T")  # a layer in whatever form a decoder keeps it
 W = TypeVar("W")  # a tensor, or what stands for one
 
@@ -54,24 +56,28 @@ class DecoderLayer:
     Of several ranks each has a smaller one, and what `out` and `down` add is the sum of all of theirs.
     """
 
-    def __init__(self, index: int, config: ModelConfig, weights: dict[str, Tensor], group: Group = ALONE) -> None:
+    def __init__(self, index: int, config: ModelConfig, weights: dict[str, Weight], group: Group = ALONE) -> None:
         self.index = index
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.scale = config.head_dim**-0.5
-        self.input_norm = RMSNorm(weights["input_layernorm.weight"], config.rms_norm_eps)
-        self.post_norm = RMSNorm(weights["post_attention_layernorm.weight"], config.rms_norm_eps)
+        self.input_norm = RMSNorm(plain(weights["input_layernorm.weight"]), config.rms_norm_eps)
+        self.post_norm = RMSNorm(plain(weights["post_attention_layernorm.weight"]), config.rms_norm_eps)
         self.q_norm = self.k_norm = None
         if config.qk_norm:
-            self.q_norm = RMSNorm(weights["self_attn.q_norm.weight"], config.rms_norm_eps)
-            self.k_norm = RMSNorm(weights["self_attn.k_norm.weight"], config.rms_norm_eps)
+            self.q_norm = RMSNorm(plain(weights["self_attn.q_norm.weight"]), config.rms_norm_eps)
+            self.k_norm = RMSNorm(plain(weights["self_attn.k_norm.weight"]), config.rms_norm_eps)
         self.qkv = _fused(weights, ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"])
         self.out = _fused(weights, ["self_attn.o_proj"], group)
         self.gate_up = _fused(weights, ["mlp.gate_proj", "mlp.up_proj"])
         self.down = _fused(weights, ["mlp.down_proj"], group)
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.out, self.gate_up, self.down
+
     def fix_order(self) -> None:
         """See Decoder.fix_order."""
-        for linear in (self.qkv, self.out, self.gate_up, self.down):
+        for linear in self.linears:
             linear.fix_order()
         for norm in (self.input_norm, self.post_norm, self.q_norm, self.k_norm):
             if norm is not None:
@@ -98,13 +104,15 @@ class Decoder:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Iterable[tuple[str, Tensor]],
+        weights: Iterable[tuple[str, Weight]],
         dtype: torch.dtype,
         device: torch.device,
         part: Sharding | None = None,
         group: Group = ALONE,
     ) -> None:
-        """Of a rank of several: `part` says what it holds, `config` is that part's shape, `weights` are its weights."""
+        """Of a rank of several: `part` says what it holds, `config` is that part's shape, `weights` are its weights.
+
+        What comes quantized stays so: as many bytes, and every value the one it dequantizes to."""
         self.config, self.dtype, self.device = config, dtype, device
         self._part, self._group = part, group
         self._fused: Fused | None = None
@@ -146,27 +154,44 @@ class Decoder:
         self.norm.fix_order()
         self.head.linear.fix_order()
 
+    @property
+    def linears(self) -> list[Linear]:
+        return [*(linear for layer in self.layers for linear in layer.linears), self.head.linear]
+
+    def warm_up(self) -> None:
+        """Compile what any number of rows may need of our own products."""
+        for linear in self.linears:
+            linear.warm_up(self.dtype, self.device)
+
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states [R, C] -> float32 logits [R, V]."""
         return self.head(self.norm(x))
 
-    def _load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def _load(self, weights: Iterable[tuple[str, Weight]]) -> None:
         self.layers, rest = gather_layers(self.config, self._cast(weights), partial(DecoderLayer, group=self._group))
-        embedding = rest["model.embed_tokens.weight"]
-        self.norm = RMSNorm(rest["model.norm.weight"], self.config.rms_norm_eps)
-        head = rest.get("lm_head.weight")
-        linear, rows = (Linear(embedding), embedding) if head is None else (Linear(head), None)
-        self.embedding: Tensor | SplitEmbedding = embedding
+        found = rest["model.embed_tokens.weight"]
+        embedding = QuantEmbedding(found, self.dtype) if isinstance(found, QuantWeight) else found
+        self.norm = RMSNorm(plain(rest["model.norm.weight"]), self.config.rms_norm_eps)
+        head = rest.get("lm_head.weight", found)
+        linear, rows = Linear(head), found if head is found and isinstance(found, Tensor) else None
+        self.embedding: Tensor | QuantEmbedding | SplitEmbedding = embedding
         self.head = Head(linear, rows)
         if self._part is not None:
             self.embedding = SplitEmbedding(embedding, self._part.vocab[0], self._group)
             self.head = SplitHead(linear, rows, vocab_parts(self.config, self._group.size), self._group)
 
-    def _cast(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-        for name, tensor in weights:
-            weight = tensor.to(device=self.device, dtype=self.dtype)
-            self.weight_bytes += weight.numel() * weight.dtype.itemsize
+    def _cast(self, weights: Iterable[tuple[str, Weight]]) -> Iterable[tuple[str, Weight]]:
+        for name, found in weights:
+            weight = found.to(self.device) if isinstance(found, QuantWeight) else found.to(device=self.device, dtype=self.dtype)
+            self.weight_bytes += weight.nbytes
             yield name, weight
+
+
+def plain(weight: Weight) -> Tensor:
+    """Of what is never quantized: norms and biases."""
+    if isinstance(weight, QuantWeight):
+        raise ValueError("a vector is quantized")
+    return weight
 
 
 def gather_layers(
@@ -194,18 +219,27 @@ def gather_layers(
     return [layers[i] for i in range(config.num_layers)], rest
 
 
-def _fused(weights: dict[str, Tensor], names: list[str], group: Group = ALONE) -> Linear:
+def _fused(weights: dict[str, Weight], names: list[str], group: Group = ALONE) -> Linear:
     """One linear whose output is the concatenation of several; their plain weights are dropped from `weights`.
 
-    With a group, one whose inputs are split over its ranks.
+    With a group, one whose inputs are split over its ranks. Weights quantized in different ways are dequantized.
     """
     parts = [weights.pop(f"{name}.weight") for name in names]
-    biases = [weights.pop(f"{name}.bias", None) for name in names]
-    present = [b for b in biases if b is not None]
-    if present and len(present) != len(names):
+    biases = [plain(weights.pop(f"{name}.bias")) for name in names if f"{name}.bias" in weights]
+    if biases and len(biases) != len(names):
         raise ValueError(f"only some of {names} have a bias")
-    weight, bias = torch.cat(parts) if len(parts) > 1 else parts[0], torch.cat(present) if present else None
+    weight, bias = _joined(parts, plain(weights["input_layernorm.weight"]).dtype), torch.cat(biases) if biases else None
     return Linear(weight, bias) if group.size == 1 else SplitLinear(weight, bias, group)
+
+
+def _joined(parts: list[Weight], dtype: torch.dtype) -> Weight:
+    """One weight whose outputs are those of all."""
+    if len(parts) == 1:
+        return parts[0]
+    quantized = [part for part in parts if isinstance(part, QuantWeight)]
+    if len(quantized) == len(parts) and (whole := joined(quantized)) is not None:
+        return whole
+    return torch.cat([part.dequantize(dtype) if isinstance(part, QuantWeight) else part for part in parts])
 
 
 def _layer_tensors(config: ModelConfig) -> int:

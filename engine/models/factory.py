@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import torch
 
 from engine.config import EngineConfig
 from engine.device_rules import has_kernels
 from engine.models.config import ModelConfig
-from engine.models.decoder import Decoder
-from engine.models.loader import iter_blocks, iter_weights
+from engine.models.decoder import Decoder, Weight
+from engine.models.loader import iter_blocks, iter_packed, iter_weights
 from engine.models.native import NativeDecoder, unavailable
 from engine.models.runner import Model, PagedModel
 from engine.models.sharding import Sharding
@@ -44,7 +45,7 @@ def load_model(
             raise ValueError(f"cpu_kernels: the native kernels cannot run this model here: {why}")
         if device.type == "cpu" and dtype == torch.bfloat16:
             logger.warning("the native CPU kernels are not used, the model will be slower: %s", why)
-    return tuned(Decoder(model, iter_weights(config.model, model), dtype, device), config)
+    return tuned(Decoder(model, _weights(config, model, dtype, device), dtype, device), config)
 
 
 def tuned(model: Decoder, config: EngineConfig) -> Decoder:
@@ -62,4 +63,32 @@ def _load_part(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, dev
     if config.cpu_kernels == "native":
         raise ValueError("tensor_parallel_size: cpu_kernels native cannot be split over ranks; torch's kernels can")
     part = Sharding.of(model, group.rank, group.size)
-    return tuned(Decoder(part.config, iter_weights(config.model, model, part=part), dtype, device, part, group), config)
+    weights = _weights(config, model, dtype, device, part)
+    return tuned(Decoder(part.config, weights, dtype, device, part, group), config)
+
+
+def _weights(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device, part: Sharding | None = None
+) -> Iterator[tuple[str, Weight]]:
+    """For `Decoder`: what is quantized stays so where there are kernels for it."""
+    if has_kernels(device):
+        return iter_packed(config.model, model, dtype, device, part)
+    if model.quantization is None:
+        return iter_weights(config.model, model, part=part)
+    advice = ": the native kernels, for bfloat16, multiply with four and eight bits" if device.type == "cpu" else ""
+    name = str(dtype).removeprefix("torch.")
+    logger.warning("the quantized weights (%s) are unpacked to %s%s", model.quantization.label, name, advice)
+    return iter_weights(config.model, model, dtype, part)
+
+
+def held(config: ModelConfig, model: Model | PagedModel) -> str:
+    """How a model's quantized weights are held, in words; empty for one that never was quantized."""
+    if isinstance(model, NativeDecoder):
+        kinds = model.kinds - {"BF16"}
+    elif isinstance(model, Decoder):
+        kinds = {f"{linear.quantized.bits} bits" for linear in model.linears if linear.quantized is not None}
+    else:
+        kinds = set()
+    if config.quantization is not None:
+        return config.quantization.label if kinds else f"{config.quantization.label}, unpacked"
+    return " and ".join(sorted(kinds))

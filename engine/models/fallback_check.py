@@ -27,6 +27,7 @@ _ARGUMENTS = {"softcap": "soft-capped attention scores", "s_aux": "attention sin
 _BATCH_ROPE = ("dynamic", "longrope")  # tables that depend on the longest sequence of the batch
 _LENGTHS = (7, 5)  # of the two sequences of the trial
 # Relative error of the median row of logits. Rounding stays far below, a wrong mask or wrong positions far above.
+QUANTIZED = "its weights are quantized"
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.15}
 
 
@@ -54,6 +55,8 @@ def check_checkpoint(path: Path, config: ModelConfig) -> None:
         raise ValueError(f"{path}: {config.unsupported or 'only Hugging Face directories run through transformers'}")
     hf = hf_config(path)
     problem = _problem(hf)
+    if problem == QUANTIZED and config.unsupported is not None:
+        problem = f"{problem}, {config.unsupported}"
     if problem:
         raise ValueError(f"{path}: models of type {hf.model_type} cannot be served: {problem}")
 
@@ -64,7 +67,7 @@ def _problem(hf: PreTrainedConfig) -> str | None:
     if hf.get_text_config() is not hf:
         return "more than a language model (text is only one of its parts)"
     if getattr(hf, "quantization_config", None):
-        return "its weights are quantized"
+        return QUANTIZED
     kinds = sorted(set(getattr(hf, "layer_types", None) or ()))
     if len(kinds) > 1 or (kinds and kinds[0] not in ("full_attention", "sliding_attention")):
         return "layers of different kinds: " + ", ".join(kinds)

@@ -119,11 +119,13 @@ def iter_gguf(file: GGUFFile, config: ModelConfig, dtype: torch.dtype = torch.bf
         yield name, weight if heads is None else _to_halves(weight, heads)
 
 
-def iter_gguf_blocks(file: GGUFFile, config: ModelConfig) -> Iterator[tuple[str, Tensor | Blocks]]:
-    """As `iter_gguf` in bfloat16, but matrices of BLOCK_TYPES as they are stored: views of the file, or permuted copies."""
+def iter_gguf_blocks(
+    file: GGUFFile, config: ModelConfig, dtype: torch.dtype = torch.bfloat16
+) -> Iterator[tuple[str, Tensor | Blocks]]:
+    """As `iter_gguf`, but matrices of BLOCK_TYPES as they are stored: views of the file, or permuted copies."""
     for name, tensor, heads in _wanted(file, config):
         if tensor.type_name not in BLOCK_TYPES or len(tensor.shape) != 2:
-            weight = _dequantized(file, tensor, torch.bfloat16)
+            weight = _dequantized(file, tensor, dtype)
             yield name, weight if heads is None else _to_halves(weight, heads)
             continue
         raw = file.data(tensor).reshape(tensor.shape[0], -1)

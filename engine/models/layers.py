@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from engine.models.batch import padded_rows
 from engine.parallel import Group
 from kernels.interpreter import interpreted
+from kernels.quant_weight import QuantWeight
 
 
 class Linear:
@@ -23,28 +25,51 @@ class Linear:
 
     A row's result is bit for bit the same however many rows share the call (oneDNN 3.12, bf16 and float32, 1 to 512 rows), with
     one exception: a single row of more than 1,024 inputs takes another kernel. Such a row is doubled.
+
+    A quantized weight stays as it is, and kernels/quant_linear.py multiplies with it.
     """
 
     MAX_SINGLE_ROW = 1024  # inputs
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.out_features, self.in_features = weight.shape
+    def __init__(self, weight: Tensor | QuantWeight, bias: Tensor | None = None) -> None:
         self.bias = bias
+        self.quantized = weight if isinstance(weight, QuantWeight) else None
+        self._product: Callable[[Tensor], Tensor] | None = None
+        if isinstance(weight, QuantWeight):
+            self.out_features, self.in_features = weight.out_features, weight.in_features
+            self.packed = self.doubled = False
+            self._product = _times(weight, bias)
+            return
+        self.out_features, self.in_features = weight.shape
         self.packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None) if self.packed else weight
         self.doubled = self.in_features > self.MAX_SINGLE_ROW
-        self._fixed: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
 
     def fix_order(self) -> None:
-        """From now on kernels/linear.py multiplies: a row's bits are then the same whatever shares the call, on a GPU too."""
+        """From now on Triton multiplies in one order of sums: a row's bits are the same in any company, on a GPU too."""
         from kernels.linear import linear  # imports triton, which a CPU can do without
 
-        self.weight, self.packed, self._fixed = self.weight.to_dense() if self.packed else self.weight, False, linear
+        if self.quantized is not None:
+            self._product = _times(self.quantized, self.bias, fixed=True)
+            return
+        self.weight, self.packed = self.weight.to_dense() if self.packed else self.weight, False
+        self._product = lambda x: linear(x, self.weight, self.bias)
+
+    def warm_up(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile what any number of rows may need of our own kernels."""
+        if self._product is None:
+            return
+        from kernels.quant_linear import LEAST_ROWS, MOST_ROWS
+
+        rows = LEAST_ROWS
+        while rows <= MOST_ROWS:
+            self(torch.zeros(rows, self.in_features, dtype=dtype, device=device))
+            rows *= 2
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._fixed is not None:
+        if self._product is not None:
             with launching(x.device):
-                return self._fixed(x, self.weight, self.bias)
+                return self._product(x)
         if self.packed:
             if self.doubled and len(x) == 1:
                 return torch.ops.mkldnn._linear_pointwise(torch.cat((x, x)), self.weight, self.bias, "none", [], "")[:1]
@@ -65,10 +90,16 @@ class Linear:
         return self(x).add_(addend)
 
 
+def _times(weight: QuantWeight, bias: Tensor | None, fixed: bool = False) -> Callable[[Tensor], Tensor]:
+    from kernels.quant_linear import linear  # imports triton, which a CPU can do without
+
+    return partial(linear, weight=weight, bias=bias, fixed=fixed)
+
+
 class SplitLinear(Linear):
     """A linear whose inputs are split over the ranks: what it gives is the sum of all of theirs."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, group: Group) -> None:
+    def __init__(self, weight: Tensor | QuantWeight, bias: Tensor | None, group: Group) -> None:
         super().__init__(weight, bias)
         self._group = group
 
@@ -79,10 +110,24 @@ class SplitLinear(Linear):
         return self.whole(x).add_(addend)
 
 
+class QuantEmbedding:
+    """Rows of a quantized weight [V, C], of which only those that are looked up are unpacked."""
+
+    def __init__(self, rows: QuantWeight, dtype: torch.dtype) -> None:
+        self.rows, self.dtype = rows, dtype
+
+    def __len__(self) -> int:
+        return self.rows.out_features
+
+    def index_select(self, dim: int, token_ids: Tensor) -> Tensor:
+        """token_ids [T] -> [T, C]; dim is 0."""
+        return self.rows.rows(token_ids).dequantize(self.dtype)
+
+
 class SplitEmbedding:
     """A rank's range of the embedding's rows; the row of a token comes from the one rank that has it, the others add zeros."""
 
-    def __init__(self, rows: Tensor, first: int, group: Group) -> None:
+    def __init__(self, rows: Tensor | QuantEmbedding, first: int, group: Group) -> None:
         """rows [own vocabulary, C], the first of them token `first`'s."""
         self.rows, self.first, self._group = rows, first, group
 

@@ -7,7 +7,8 @@ damaged file is a ValueError that names the file and the tensor, before the serv
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,16 @@ from torch import Tensor
 from engine.gguf_file import GGUFFile
 from engine.models.config import ModelConfig, is_native
 from engine.models.gguf import gguf_config, iter_gguf, iter_gguf_blocks
-from engine.models.quantized import Blocks
-from engine.models.shapes import expected_shapes
+from engine.models.quantization import Quantization
+from engine.models.quantized import Blocks, blocks_of
 from engine.models.sharding import Sharding
+from engine.models.stored import Stored, assemble, stored_name, stored_tensors
+from kernels.quant_weight import QuantWeight
+
+logger = logging.getLogger(__name__)
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = ("BF16", "F16", "F32")
+LEAST_FLOAT8 = (8, 9)  # compute capability
 # A mapped file's touched pages count as resident until it is unmapped, so it is opened anew after this many bytes.
 _MAPPED_BYTES = 64 << 20
 
@@ -48,30 +53,108 @@ def iter_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every weight, or a rank's part of it, as (Hugging Face name, tensor that owns its memory), one tensor at a time.
 
-    safetensors come in their stored type, and no more of them is read than the part; GGUF is dequantized into `dtype`, then cut.
+    safetensors come in their stored type, and no more of them is read than the part; what is quantized, there or in GGUF, is
+    dequantized into `dtype`, then cut.
     `config` is the whole model's, which the file is checked against. A tied `lm_head.weight` is left out. Raises
     ValueError for a config the native decoder cannot run and for a missing, unexpected or duplicate tensor, one of the
     wrong shape or type, and a truncated or foreign file.
     """
-    if config.unsupported:
-        raise ValueError(f"{path}: {config.unsupported}")
+    _check_supported(path, config)
     place = Path(path)
     if place.is_dir():
-        yield from _iter_directory(place, config, part)
+        for name, weight in _iter_directory(place, config, dtype, part):
+            yield name, _cut(part, name, weight.dequantize(dtype)) if isinstance(weight, QuantWeight) else weight
     else:
         with _open_gguf(place) as file:
-            for name, weight in iter_gguf(file, config, dtype):
-                yield name, weight if part is None else part.cut(name, weight)
+            for name, tensor in iter_gguf(file, config, dtype):
+                yield name, _cut(part, name, tensor)
 
 
 def iter_blocks(path: str, config: ModelConfig) -> Iterator[tuple[str, Tensor | Blocks]]:
-    """As `iter_weights`, but a GGUF file's matrices in the block types that kernels multiply with stay as they are."""
+    """As `iter_weights` in bfloat16, but matrices in the block types that kernels multiply with stay as they are: a GGUF file's,
+    and those of a quantized checkpoint that are worth as much in such blocks."""
+    _check_supported(path, config)
     place = Path(path)
-    if config.unsupported or place.is_dir():
-        yield from iter_weights(path, config)
-    else:
+    if not place.is_dir():
         with _open_gguf(place) as file:
             yield from iter_gguf_blocks(file, config)
+        return
+    count = _Unpacked(torch.bfloat16)
+    for name, weight in _iter_directory(place, config, torch.bfloat16, None):
+        if not isinstance(weight, QuantWeight):
+            yield name, count.plain(name, weight, config)
+        elif (blocks := blocks_of(weight)) is None:
+            yield name, count.plain(name, weight.dequantize(torch.bfloat16), config)
+        else:
+            yield name, blocks
+    count.say()
+
+
+def iter_packed(
+    path: str, config: ModelConfig, dtype: torch.dtype, device: torch.device, part: Sharding | None = None
+) -> Iterator[tuple[str, Tensor | QuantWeight]]:
+    """As `iter_weights`, but what is quantized stays so, on `device`, for kernels/quant_linear.py; in `dtype` is what that has no
+    form for: float8 on GPUs that know none, a part whose inputs are cut within a run of 32."""
+    _check_supported(path, config)
+    place, count = Path(path), _Unpacked(dtype)
+    if place.is_dir():
+        float8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= LEAST_FLOAT8
+        for name, weight in _iter_directory(place, config, dtype, part, device):
+            if isinstance(weight, QuantWeight):
+                kept = None if weight.packed.is_floating_point() and not float8 else _part_of(part, name, weight)
+                weight = _cut(part, name, weight.dequantize(dtype)) if kept is None else kept
+            yield name, count.plain(name, weight, config) if isinstance(weight, Tensor) else weight
+    else:
+        with _open_gguf(place) as file:
+            for name, found in iter_gguf_blocks(file, config, dtype):
+                if not isinstance(found, Blocks):
+                    yield name, _cut(part, name, found)
+                    continue
+                whole = found.weight().to(device)
+                kept = _part_of(part, name, whole)
+                yield name, _cut(part, name, whole.dequantize(dtype)) if kept is None else kept
+    count.say()
+
+
+class _Unpacked:
+    """Counts the quantized matrices that are unpacked while a model is loaded."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype, self._count, self._first = str(dtype).removeprefix("torch."), 0, ""
+
+    def plain(self, name: str, weight: Tensor, config: ModelConfig) -> Tensor:
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and config.quantization is not None and config.quantization.covers(module):
+            self._first = self._first or name
+            self._count += 1
+        return weight
+
+    def say(self) -> None:
+        if self._count:
+            logger.warning(
+                "%d quantized matrices, %s first, are unpacked to %s: no kernel here multiplies with them exactly as they are",
+                *(self._count, self._first, self._dtype),
+            )
+
+
+def _check_supported(path: str, config: ModelConfig) -> None:
+    if config.unsupported:
+        raise ValueError(f"{path}: {config.unsupported}")
+
+
+def _cut(part: Sharding | None, name: str, weight: Tensor) -> Tensor:
+    return weight if part is None else part.cut(name, weight)
+
+
+def _part_of(part: Sharding | None, name: str, weight: QuantWeight) -> QuantWeight | None:
+    """A rank's part of a whole weight; None where inputs would be cut within a run."""
+    index = None if part is None else part.index(name)
+    if index is None:
+        return weight
+    if len(index) == 1:
+        return weight.rows(index[0])
+    begin, end, _ = index[1].indices(weight.in_features)
+    return weight.columns(begin, end)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -94,16 +177,45 @@ def _open_gguf(path: Path) -> GGUFFile:
         raise ValueError(f"{path}: {error.strerror or error}") from None
 
 
-def _iter_directory(folder: Path, config: ModelConfig, part: Sharding | None) -> Iterator[tuple[str, Tensor]]:
-    shapes = expected_shapes(config)
+def _iter_directory(
+    folder: Path, config: ModelConfig, dtype: torch.dtype, part: Sharding | None, device: torch.device | None = None
+) -> Iterator[tuple[str, Tensor | QuantWeight]]:
+    """Plain tensors, or parts of them, and whole quantized matrices, made on `device`."""
+    stored = stored_tensors(config)
     files = _shards(folder)
     for file in files:  # all headers before the first tensor
-        _check_header(file, shapes, config)
-    missing = shapes.keys() - {name for file in files for name in file.wanted}
+        _check_header(file, stored, config)
+    found = {name for file in files for name in file.wanted}
+    missing = {name for name, tensor in stored.items() if not tensor.optional} - found
     if missing:
         raise ValueError(f"{folder}: tensor {min(missing)} is missing ({len(missing)} in all)")
+    modules = _quantized(found, config.quantization)
+    pending: dict[str, dict[str, Tensor]] = {}
     for file in files:
-        yield from file.read(part)
+        for name, tensor in file.read(part, modules):
+            module, _, kind = name.rpartition(".")
+            if config.quantization is None or kind not in modules.get(module, ()):
+                yield name, tensor
+                continue
+            parts = pending.setdefault(module, {})
+            parts[kind] = tensor if device is None else tensor.to(device)
+            if len(parts) == len(modules[module]):
+                try:
+                    weight = assemble(config.quantization, pending.pop(module), dtype)
+                except ValueError as error:
+                    raise ValueError(f"{file.path}: {module}: {error}") from None
+                name = f"{module}.weight"
+                yield name, _cut(part, name, weight) if isinstance(weight, Tensor) else weight
+
+
+def _quantized(names: set[str], quantization: Quantization | None) -> dict[str, set[str]]:
+    """Of each quantized module what its tensors' names end with."""
+    found: dict[str, set[str]] = {}
+    for name in names if quantization is not None else ():
+        module, _, kind = name.rpartition(".")
+        if kind != "bias" and quantization is not None and quantization.covers(module):
+            found.setdefault(module, set()).add(kind)
+    return found
 
 
 class _Shard:
@@ -111,7 +223,7 @@ class _Shard:
 
     def __init__(self, path: Path, listed: set[str] | None = None) -> None:
         self.path, self.listed = path, listed
-        self.wanted: list[str] = []
+        self.wanted: dict[str, str] = {}  # `stored_tensors`' name -> the file's
 
     def open(self) -> Any:
         try:
@@ -119,38 +231,41 @@ class _Shard:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.path} is not a whole safetensors file: {error}") from None
 
-    def read(self, part: Sharding | None) -> Iterator[tuple[str, Tensor]]:
-        left = list(reversed(self.wanted))
+    def read(self, part: Sharding | None, quantized: Mapping[str, Container[str]]) -> Iterator[tuple[str, Tensor]]:
+        """What is quantized comes whole: of these modules the tensors whose names end so."""
+        left = list(reversed(self.wanted.items()))
         while left:
             with self.open() as file:
                 mapped = 0
                 while left and mapped < _MAPPED_BYTES:
-                    name = left.pop()
-                    index = part.index(name) if part is not None else None
-                    view = file.get_tensor(name) if index is None else file.get_slice(name)[index]
+                    name, own = left.pop()
+                    module, _, kind = name.rpartition(".")
+                    index = part.index(name) if part is not None and kind not in quantized.get(module, ()) else None
+                    view = file.get_tensor(own) if index is None else file.get_slice(own)[index]
                     tensor = view.clone(memory_format=torch.contiguous_format)
                     mapped += tensor.nbytes
                     yield name, tensor if part is None else part.settle(name, tensor)
 
 
-def _check_header(shard: _Shard, shapes: dict[str, tuple[int, ...]], config: ModelConfig) -> None:
+def _check_header(shard: _Shard, stored: dict[str, Stored], config: ModelConfig) -> None:
     with shard.open() as file:
         names = list(file.offset_keys())
         if shard.listed is not None and shard.listed != set(names):
             odd = min(shard.listed ^ set(names))
             raise ValueError(f"{shard.path}: the index and the file disagree about tensor {odd}")
         for name in names:
-            if _ignored(name, config):
+            known = stored_name(name, config.quantization)
+            if known is None or _ignored(name, config):
                 continue
-            if name not in shapes:
+            if known not in stored or known in shard.wanted:
                 raise ValueError(f"{shard.path}: unexpected tensor {name}")
-            view = file.get_slice(name)
+            view, wanted = file.get_slice(name), stored[known]
             shape, dtype = tuple(view.get_shape()), view.get_dtype()
-            if shape != shapes[name]:
-                raise ValueError(f"{shard.path}: tensor {name} has shape {shape}, the config says {shapes[name]}")
-            if dtype not in _DTYPES:
-                raise ValueError(f"{shard.path}: tensor {name} has type {dtype}; only {', '.join(_DTYPES)} are read")
-            shard.wanted.append(name)
+            if shape not in wanted.shapes:
+                raise ValueError(f"{shard.path}: tensor {name} has shape {shape}, the config says {wanted.shapes[0]}")
+            if dtype not in wanted.types:
+                raise ValueError(f"{shard.path}: tensor {name} has type {dtype}; only {', '.join(wanted.types)} are read")
+            shard.wanted[known] = name
 
 
 def _ignored(name: str, config: ModelConfig) -> bool:

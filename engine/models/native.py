@@ -79,6 +79,12 @@ class NativeDecoder:
         self.weight_bytes = self.kernels.nbytes
         self._kept = self._kept_peaks = torch.empty(0, config.vocab_size)
 
+    @property
+    def kinds(self) -> set[str]:
+        """What its linear layers' numbers are, by name."""
+        linears = [weight for layer in self.kernels.layers for weight in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        return {weight.kind.name for weight in (*linears, self.kernels.head)}
+
     def step(self, batch: ForwardBatch, kv: KVCache, hidden_layers: tuple[int, ...] = ()) -> tuple[Tensor, dict[int, Tensor]]:
         """Last hidden states [T, C] float32 (before the final norm), and those after the named layers, in bfloat16."""
         rows = _rows(batch)

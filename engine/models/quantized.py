@@ -48,9 +48,9 @@ class Blocks:
 
     def weight(self) -> QuantWeight:
         """The same for kernels/quant_linear.py, in memory of its own."""
-        raw = torch.from_numpy(np.ascontiguousarray(self.raw))
+        raw = torch.from_numpy(np.array(self.raw))
         if self.type != Q4_Z:
-            return _READERS[self.type_name](raw.clone(), len(raw))
+            return _READERS[self.type_name](raw, len(raw))
         blocks = raw.view(len(raw), -1, 20)
         scales, zeros = blocks[:, :, :4].contiguous().view(torch.float16).unbind(-1)
         offsets = -(zeros.float() * scales.float())

@@ -153,6 +153,8 @@ def test_the_ready_line_says_what_an_operator_wants_to_know() -> None:
     assert "\n" not in line
     assert "LOSSY" not in line
     assert "LOSSY" in ready_line("u", "m", fake_info(lossless=False))
+    assert "weights=" not in line
+    assert " weights=(AWQ, 4 bits) " in ready_line("u", "m", fake_info(quantization="AWQ, 4 bits"))
 
 
 def test_the_ready_line_tells_engines_apart_where_they_differ() -> None:

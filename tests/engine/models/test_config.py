@@ -116,7 +116,7 @@ def test_original_length_may_stand_beside_the_scaling() -> None:
         ({"hidden_act": "gelu"}, "gelu"),
         ({"head_dim": 15}, "odd"),
         ({"num_attention_heads": 3, "hidden_size": 48}, "divide"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config.bits"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     ],
 )
