@@ -75,7 +75,8 @@ def _weights(
         return iter_packed(config.model, model, dtype, device, part)
     if model.quantization is None:
         return iter_weights(config.model, model, part=part)
-    advice = ": the native kernels, for bfloat16, multiply with four and eight bits" if device.type == "cpu" else ""
+    other = device.type == "cpu" and dtype != torch.bfloat16
+    advice = ": the native kernels, for bfloat16, multiply with four and eight bits" if other else ""
     name = str(dtype).removeprefix("torch.")
     logger.warning("the quantized weights (%s) are unpacked to %s%s", model.quantization.label, name, advice)
     return iter_weights(config.model, model, dtype, part)
