@@ -91,7 +91,7 @@ class ServerConfig(BaseSettings):
         _ENGINE.cpu_kernels, description="of bfloat16 models on a CPU: native ones where they run, only those, or torch's"
     )
     cpu_weights: Literal["auto", "bfloat16"] = Field(
-        _ENGINE.cpu_weights, description="four and eight bits of a GGUF file on native kernels: as they are, or unpacked at start"
+        _ENGINE.cpu_weights, description="four- and eight-bit weights on native kernels: as they are, or unpacked at start"
     )
     attention_backend: Literal["auto", "triton", "flashinfer", "reference"] = Field(
         _ENGINE.attention_backend, description="auto: on a GPU the faster of triton and flashinfer, on a CPU reference"
