@@ -132,7 +132,7 @@ Reason = Literal[
     "max_nodes",  # the request's own limit
     "max_tokens",  # the request's end is near
     "blocks",  # no KV blocks, or no room in the step
-    "probe",  # would not pay by what is known: shown to learn
+    "probe",  # would not pay by what is known: drafted to learn
     "off",  # the request wants none
     "stale",  # the drafter has to catch up first
 ]

@@ -221,9 +221,9 @@ class GoodputPolicy(Policy):
                 given[b] = min(budgets[b], best.depth) if nodes and load.trims else nodes
             return given
         worth.on = False
-        return self._probe_costly(worth, seqs, asked, given, float(draft[1]))
+        return self._probe_costly(worth, seqs, asked, given)
 
-    def _probe_costly(self, worth: _Worth, seqs: Seq[Sequence], asked: list[int], given: list[int], seconds: float) -> list[int]:
+    def _probe_costly(self, worth: _Worth, seqs: Seq[Sequence], asked: list[int], given: list[int]) -> list[int]:
         """One node each, for a few, after a rest that doubles while it does not help."""
         if worth.left:
             worth.left -= 1
