@@ -52,6 +52,22 @@ def test_a_draft_model_lies_on_rank_0(pair: pairs.Pair, requests: list[Request],
     assert tokens(found) == alone
 
 
+def test_a_draft_model_after_preemption(pair: pairs.Pair, requests: list[Request], alone: Tokens) -> None:
+    roomy = pairs.make_engine(pair.target, pair.draft, tensor_parallel_size=2, kv_cache_memory_bytes=1 << 20)
+    block = (1 << 20) // roomy.info.num_blocks
+    roomy.close()
+    engine = pairs.make_engine(
+        pair.target, pair.draft, tensor_parallel_size=2, kv_cache_memory_bytes=20 * block, max_model_len=80
+    )
+    try:
+        found = answers(engine, requests)
+        stats = engine.stats()
+        assert stats.preemptions > 0 and stats.num_accepted_tokens > 0
+    finally:
+        engine.close()
+    assert tokens(found) == alone
+
+
 def test_the_bigrams_are_read_over_all_ranks(pair: pairs.Pair, tmp_path: Path) -> None:
     tables = []
     for size in (1, 2):
