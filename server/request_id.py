@@ -11,6 +11,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 VALID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
+def new_id() -> str:
+    return f"req_{uuid.uuid4().hex}"
+
+
 class RequestId:
     """Sets scope["request_id"]."""
 
@@ -22,7 +26,7 @@ class RequestId:
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if VALID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+        request_id = given if VALID.fullmatch(given) else new_id()
         scope["request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
