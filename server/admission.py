@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from server.openai.errors import overloaded, unavailable
+from server.openai.errors import invalid, overloaded, unavailable
 
 
 class Admission:
@@ -22,9 +22,11 @@ class Admission:
 
     @contextmanager
     def slot(self, count: int = 1) -> Iterator[None]:
-        """Holds `count` places. Raises ApiError 429 when there are not as many, 503 while draining."""
+        """Holds `count` places. Raises ApiError 429 when they are taken, 400 for more than there are, 503 while draining."""
         if self.draining:
             raise unavailable("The server is shutting down.", "server_draining")
+        if count > max(self.limit, 1):
+            raise invalid(f"{count} prompts in one request, but this server takes {self.limit} at once.", "prompt")
         if self.in_flight + count > self.limit:
             raise overloaded(self.limit)
         self.in_flight += count

@@ -12,6 +12,7 @@ from server.openai.errors import unavailable
 router = APIRouter()
 
 
+@router.head("/live", include_in_schema=False)
 @router.get("/live")
 async def live(request: Request) -> dict[str, Any]:
     """200 while this process answers and the engine is neither dead nor stalled. Restart the server when it is not."""
@@ -20,6 +21,7 @@ async def live(request: Request) -> dict[str, Any]:
     return {"status": "ok"}
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> dict[str, Any]:
     """200 while new requests are welcome. Send no traffic when it is not."""
@@ -30,6 +32,7 @@ async def ready(request: Request) -> dict[str, Any]:
     return {"status": "ok"}
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> dict[str, Any]:
     """200 while the engine can work on requests (vLLM's meaning)."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from server.openai.choice import Fragment, Token
 from server.openai.chunks import Chunks
@@ -19,6 +22,8 @@ from server.openai.sse import DONE
 
 if TYPE_CHECKING:
     from server.frontend import Frontend
+
+INLINE_TOKENS = 256  # with names or logprobs: at twenty alternatives each, about 5 ms of work
 
 
 class Answer(ABC):
@@ -52,15 +57,22 @@ class Answer(ABC):
         """Further fields of a body, and of a stream's first chunk."""
         return {}
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self) -> bytes:
+        """The body. One with many logprobs is put together beside the event loop: a million of them take seconds."""
         texts: list[list[str]] = [[] for _ in self.generation.choices]
         tokens: list[list[Token]] = [[] for _ in self.generation.choices]
         async with aclosing(self.generation.fragments()) as fragments:
             async for fragment in fragments:
                 texts[fragment.choice].append(fragment.text)
                 tokens[fragment.choice] += fragment.tokens
+        if sum(map(len, tokens)) + sum(map(len, self.generation.prompt_logprobs.values())) > INLINE_TOKENS:
+            return await asyncio.to_thread(self._body, texts, tokens)
+        return self._body(texts, tokens)
+
+    def _body(self, texts: list[list[str]], tokens: list[list[Token]]) -> bytes:
         choices = [self.choice(i, "".join(text), own) for i, (text, own) in enumerate(zip(texts, tokens, strict=True))]
-        return self.head | {"choices": choices, "usage": self.generation.usage()} | self.beside_choices() | self.metrics()
+        body = self.head | {"choices": choices, "usage": self.generation.usage()} | self.beside_choices() | self.metrics()
+        return msgspec.json.encode(body)
 
     async def events(self) -> AsyncGenerator[bytes]:
         options = self.fields.stream_options

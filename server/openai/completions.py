@@ -85,7 +85,7 @@ class CompletionAnswer(Answer):
         return {
             "index": index,
             "text": self._prompt_text(index) + text if self.echo else text,
-            "logprobs": self._logprobs(index, self._prompt_tokens(index) + tokens if self.echo else tokens),
+            "logprobs": self._logprobs(index, tokens, echoed=self.echo),
             "finish_reason": self.generation.choices[index].finish_reason,
             **self.token_extras(tokens),
             **self.prompt_extras(self._position(index)),
@@ -96,7 +96,7 @@ class CompletionAnswer(Answer):
         if not (self.echo or extras):
             return None
         text = self._prompt_text(index) if self.echo else ""
-        shown = self._logprobs(index, self._prompt_tokens(index)) if self.echo else None
+        shown = self._logprobs(index, [], echoed=True) if self.echo else None
         return chunks.choice(index, chunks.completion_text(text), shown, None, extras)
 
     def chunk_choice(self, fragment: Fragment) -> bytes:
@@ -117,5 +117,13 @@ class CompletionAnswer(Answer):
         entries = self.generation.prompt_logprobs.get(position, [])
         return list(map(Token, self.generation.requests[position].prompt_ids, entries))
 
-    def _logprobs(self, index: int, tokens: list[Token]) -> dict[str, Any] | None:
-        return None if self.lists is None else self.lists[index].lists(tokens)
+    def _logprobs(self, index: int, tokens: list[Token], echoed: bool = False) -> dict[str, Any] | None:
+        """Of these tokens of the answer, behind those of the prompt if it is echoed with them."""
+        if self.lists is None:
+            return None
+        lists = self.lists[index]
+        if not echoed:
+            return lists.lists(tokens)
+        prompt = self.prompts[self._position(index)]
+        of_prompt = lists.lists(self._prompt_tokens(index), prompt if isinstance(prompt, str) else "")
+        return {name: values + more for (name, values), more in zip(of_prompt.items(), lists.lists(tokens).values(), strict=True)}

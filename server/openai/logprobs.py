@@ -32,8 +32,8 @@ def _chat_entry(tokenizer: Tokenizer, token: Token, top: int) -> dict[str, Any]:
 
 
 def _named(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    name, raw = tokenizer.token_text(token_id), tokenizer.token_bytes(token_id)
-    return {"token": name, "logprob": finite(logprob), "bytes": list(raw)}
+    name, raw = tokenizer.token_parts(token_id)
+    return {"token": name, "logprob": finite(logprob), "bytes": raw}
 
 
 class CompletionLogprobs:
@@ -50,15 +50,16 @@ class CompletionLogprobs:
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset[int]()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def lists(self, tokens: Iterable[Token]) -> dict[str, list[Any]]:
+    def lists(self, tokens: Iterable[Token], written: str = "") -> dict[str, list[Any]]:
+        """`written`: the prompt as its client wrote it, where these are its tokens; special ones that stand there are shown."""
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
-            name = self.tokenizer.token_text(token.id)
+            name = self.tokenizer.token_parts(token.id)[0]
             lists["tokens"].append(name)
             lists["text_offset"].append(self.offset)
             lists["token_logprobs"].append(finite(token.logprobs.logprob) if token.logprobs else 0.0)
             lists["top_logprobs"].append(self._top(name, token.logprobs) if token.logprobs else {})
-            if token.id not in self._hidden:
+            if token.id not in self._hidden or (written and written.startswith(name, self.offset)):
                 self.offset += len(self._decoder.decode(self.tokenizer.token_bytes(token.id)))
         return lists
 
@@ -66,7 +67,7 @@ class CompletionLogprobs:
         """The likeliest tokens and the one that was emitted. Of tokens with the same text the likeliest counts."""
         top: dict[str, float] = {}
         for i, logprob in logprobs.top[: self.top]:
-            top.setdefault(self.tokenizer.token_text(i), finite(logprob))
+            top.setdefault(self.tokenizer.token_parts(i)[0], finite(logprob))
         top.setdefault(name, finite(logprobs.logprob))
         return top
 
@@ -83,6 +84,6 @@ def _by_id(tokenizer: Tokenizer, token_id: int, logprobs: TokenLogprobs, top: in
     if all(i != token_id for i, _, _ in ranked):
         ranked.append((token_id, logprobs.logprob, logprobs.rank))
     return {
-        str(i): {"logprob": finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(i)}
+        str(i): {"logprob": finite(logprob), "rank": rank, "decoded_token": tokenizer.token_parts(i)[0]}
         for i, logprob, rank in ranked
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
 from server.openai.strict import Pairs, Strict
 from server.openai.unsupported import only
@@ -20,7 +21,11 @@ class TextPart(Strict):
 
 
 def _as_parts(value: object) -> object:
-    return [TextPart(type="text", text=value)] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [TextPart(type="text", text=value)]
+    if isinstance(value, list):
+        return value
+    raise PydanticCustomError("content_type", "expected a text or a list of text parts")
 
 
 Text = Annotated[
@@ -36,6 +41,7 @@ class Message(Strict):
     name: str | None = None
     # What the SDK's own response objects carry when a client sends an answer back as history.
     refusal: Annotated[None, only()] = None
+    parsed: Annotated[None, only()] = None
     tool_calls: Annotated[list[None] | None, only([])] = None
     function_call: Annotated[None, only()] = None
     audio: Annotated[None, only()] = None

@@ -26,8 +26,11 @@ async def encode(front: Frontend, texts: list[str], add_special_tokens: bool, pa
 
 async def encode_chat(front: Frontend, messages: list[dict[str, str]], options: dict[str, bool]) -> list[int]:
     """The chat template's prompt. Raises ApiError 400 for what the template refuses."""
-    render = front.tokenizer.render_chat_ids
-    return await _run(chat_chars(messages), lambda: render(messages, **options), "messages")
+    tokenizer = front.tokenizer
+    chars = chat_chars(messages)
+    if chars <= INLINE_CHARS and not tokenizer.guarded and tokenizer.holds_specials(messages):
+        chars = INLINE_CHARS + 1  # the first with a special token in it makes the tokenizer prepare for such
+    return await _run(chars, lambda: tokenizer.render_chat_ids(messages, **options), "messages")
 
 
 def chat_chars(messages: list[dict[str, str]]) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -24,4 +23,4 @@ async def respond(request: Request, front: Frontend, answer: Answer, stream: boo
         failed = front.metrics.observe_failure
         return EventStream(answer.events(), answer.headers(), seconds=seconds, on_close=free, on_failure=failed)
     body = await while_connected(request.receive, answer.whole(), seconds)
-    return Response(msgspec.json.encode(body), headers=answer.headers(), media_type="application/json")
+    return Response(body, headers=answer.headers(), media_type="application/json")

@@ -80,6 +80,19 @@ class SdkSuite:
         assert final.choices[0].finish_reason == "stop"
         assert final.choices[0].logprobs is not None
 
+    async def test_its_answers_go_back_as_history(self, sdk: AsyncOpenAI, model: str) -> None:
+        """However a client came by them: the SDK's own message objects carry fields that nobody wrote."""
+        options: Any = {"model": model, "messages": MESSAGES, "max_tokens": 40, "stop": [" ", "."]}  # `parse` wants a "stop"
+        plain = (await sdk.chat.completions.create(**options)).choices[0].message
+        parsed = (await sdk.chat.completions.parse(**options)).choices[0].message
+        async with sdk.chat.completions.stream(**options) as stream:
+            streamed = (await stream.get_final_completion()).choices[0].message
+        for message in (plain, parsed, streamed):
+            history: Any = [*MESSAGES, message.model_dump(), *MESSAGES]
+            answer = await sdk.chat.completions.create(model=model, messages=history, max_tokens=2)
+            assert answer.usage is not None
+            assert answer.usage.completion_tokens
+
     async def test_samples(self, sdk: AsyncOpenAI, model: str) -> None:
         options: Any = {"model": model, "messages": MESSAGES, "n": 3, "max_tokens": 8, "seed": 3, "temperature": 1.5}
         answer = await sdk.chat.completions.create(**options)

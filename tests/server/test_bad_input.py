@@ -295,6 +295,12 @@ async def test_an_error_repeats_nothing_large(api: Api) -> None:
         assert len(response.content) < 1000
 
 
+async def test_what_a_content_may_be_is_said(api: Api) -> None:
+    for content in (None, 5, {}):
+        said = error(await api.chat(messages=[{"role": "assistant", "content": content}]), 400, "invalid_type")
+        assert "a text or a list of text parts" in said["message"]
+
+
 async def test_nul_and_odd_text_are_text(api: Api) -> None:
     for text in ("\x00", "\u2028\u0085", "🙂" * 50, "\ufeff", "{{ 7*7 }}{% raw %}", "‮abc"):
         response = await api.chat(messages=[{"role": "user", "content": text}])

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from server.openai import answer
 from tests.server.conftest import Api, ApiFactory, events
 
 
@@ -105,6 +106,28 @@ async def test_echo_with_logprobs_scores_the_prompt(api: Api) -> None:
     assert all(logprob < 0 for logprob in lists["token_logprobs"][1:])
     assert lists["text_offset"] == [0, 4, 9, 11]
     assert api.request().params.max_tokens == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_offsets_count_the_special_tokens_that_a_prompt_spells_out(api: Api, stream: bool) -> None:
+    prompt = "<|im_start|>user\nHi<|im_end|>"
+    response = await api.complete(prompt=prompt, echo=True, logprobs=0, max_tokens=2, stream=stream)
+    choice = join(events(response)) if stream else response.json()["choices"][0]
+    lists, text = choice["logprobs"], choice["text"]
+    assert lists["tokens"][:2] == ["<|im_start|>", "user"]
+    ends = [*lists["text_offset"][1:], len(text)]
+    assert [text[start:end] for start, end in zip(lists["text_offset"], ends, strict=True)] == lists["tokens"]
+
+
+async def test_a_body_of_many_logprobs_is_the_same_made_beside_the_event_loop(
+    make_api: ApiFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies = []
+    for most in (256, 0):
+        monkeypatch.setattr(answer, "INLINE_TOKENS", most)
+        body = (await make_api("one two three").complete(logprobs=3, echo=True, prompt_logprobs=2, seed=1)).json()
+        bodies.append({name: body[name] for name in ("choices", "usage")})
+    assert bodies[0] == bodies[1]
 
 
 async def test_no_tokens_at_all(api: Api) -> None:

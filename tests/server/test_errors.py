@@ -77,7 +77,9 @@ async def test_too_many(make_api: ApiFactory) -> None:
     assert [task.status_code for task in await asyncio.gather(*running)] == [200, 200]
     api.engine.gate = None
     assert (await api.chat()).status_code == 200
-    error(await api.complete(prompt=["a", "b", "c"]), 429, "server_overloaded")  # each prompt is one
+    with api.app.state.frontend.admission.slot():
+        error(await api.complete(prompt=["a", "b"]), 429, "server_overloaded")  # each prompt is one
+    error(await api.complete(prompt=["a", "b", "c"]), 400, "invalid_value", "prompt")  # to come back later would not help
     assert api.app.state.frontend.admission.in_flight == 0
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import jsonschema
 import pytest
 
+from server.openai import tokenize
 from tests.server.conftest import Api, ApiFactory, error
 
 
@@ -126,3 +128,47 @@ async def test_the_openapi_document_describes_every_route_and_body(api: Api) -> 
             jsonschema.Draft202012Validator(schema).validate({**value, "n": 0})
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.Draft202012Validator(schema).validate({**value, "surprise": 0})
+
+
+async def test_tokenize_and_detokenize_take_only_so_much_at_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are for counting, so a context's length is no limit; but a body of 15 MB would cost gigabytes and a minute."""
+    monkeypatch.setattr(tokenize, "TOKENIZER_CHARS", 5000)
+    monkeypatch.setattr(tokenize, "TOKENIZER_IDS", 5000)
+    text = "word " * 1000
+    ids = (await api.post("/tokenize", {"prompt": text})).json()["tokens"]
+    error(await api.post("/tokenize", {"prompt": text + "!"}), 400, "invalid_value", "prompt")
+    messages = [{"role": "user", "content": text}, {"role": "user", "content": "!"}]
+    error(await api.post("/tokenize", {"messages": messages}), 400, "invalid_value", "messages")
+    assert (await api.post("/detokenize", {"tokens": ids})).json() == {"prompt": text}
+    error(await api.post("/detokenize", {"tokens": ids * 5}), 400, "invalid_value", "tokens")
+
+
+async def test_much_text_is_tokenized_beside_the_event_loop(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    named = type(api.tokenizer).token_text
+    monkeypatch.setattr(
+        type(api.tokenizer), "token_text", lambda self, i: threads.append(threading.current_thread()) or named(self, i)
+    )
+    for count in (10, 10_000):
+        threads.clear()
+        body = {"prompt": "word " * count, "return_token_strs": True}
+        assert len((await api.post("/tokenize", body)).json()["token_strs"]) == count + 1
+        assert {thread is threading.main_thread() for thread in threads} == {count == 10}
+
+
+async def test_tokenize_counts_as_a_request(make_api: ApiFactory) -> None:
+    api = make_api(max_queue=1)
+    with api.app.state.frontend.admission.slot():
+        error(await api.post("/tokenize", {"prompt": "a"}), 429, "server_overloaded")
+        error(await api.post("/detokenize", {"tokens": [1]}), 429, "server_overloaded")
+    assert (await api.post("/tokenize", {"prompt": "a"})).status_code == 200
+    assert api.app.state.frontend.admission.in_flight == 0
+
+
+@pytest.mark.parametrize("path", ["/live", "/ready", "/health"])
+async def test_probes_may_ask_for_the_head_alone(make_api: ApiFactory, path: str) -> None:
+    api = make_api(api_key=["secret"])
+    response = await api.http.head(path)
+    assert response.status_code == 200
+    api.app.state.frontend.admission.drain()
+    assert (await api.http.head(path)).status_code == (503 if path == "/ready" else 200)
