@@ -69,7 +69,6 @@ class Tokenizer:
         self._byte_level = "ByteLevel(" in repr(tokenizer.decoder)
         self._byte_fallback = "ByteFallback(" in repr(tokenizer.decoder)
         self._bytes: dict[int, bytes] = {}
-        self._parts: dict[int, tuple[str, list[int]]] = {}
         self.strips_leading_space = self._strips_leading_space()
         self._guard_lock = threading.Lock()
 
@@ -119,13 +118,6 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """One token's text as it stands inside a longer text (a word's leading space included)."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
-
-    def token_parts(self, token_id: int) -> tuple[str, list[int]]:
-        """`token_text` and the bytes as numbers, which nobody may change: they are kept, as logprobs ask for twenty per token."""
-        parts = self._parts.get(token_id)
-        if parts is None:
-            parts = self._parts[token_id] = self.token_text(token_id), list(self.token_bytes(token_id))
-        return parts
 
     def token_bytes(self, token_id: int) -> bytes:
         """One token's bytes, possibly part of a character. Empty for ids that name no token."""

@@ -32,8 +32,8 @@ def _chat_entry(tokenizer: Tokenizer, token: Token, top: int) -> dict[str, Any]:
 
 
 def _named(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    name, raw = tokenizer.token_parts(token_id)
-    return {"token": name, "logprob": finite(logprob), "bytes": raw}
+    name, raw = tokenizer.token_text(token_id), tokenizer.token_bytes(token_id)
+    return {"token": name, "logprob": finite(logprob), "bytes": list(raw)}
 
 
 class CompletionLogprobs:
@@ -54,7 +54,7 @@ class CompletionLogprobs:
         """`written`: the prompt as its client wrote it, where these are its tokens; special ones that stand there are shown."""
         lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token in tokens:
-            name = self.tokenizer.token_parts(token.id)[0]
+            name = self.tokenizer.token_text(token.id)
             lists["tokens"].append(name)
             lists["text_offset"].append(self.offset)
             lists["token_logprobs"].append(finite(token.logprobs.logprob) if token.logprobs else 0.0)
@@ -67,7 +67,7 @@ class CompletionLogprobs:
         """The likeliest tokens and the one that was emitted. Of tokens with the same text the likeliest counts."""
         top: dict[str, float] = {}
         for i, logprob in logprobs.top[: self.top]:
-            top.setdefault(self.tokenizer.token_parts(i)[0], finite(logprob))
+            top.setdefault(self.tokenizer.token_text(i), finite(logprob))
         top.setdefault(name, finite(logprobs.logprob))
         return top
 
@@ -84,6 +84,6 @@ def _by_id(tokenizer: Tokenizer, token_id: int, logprobs: TokenLogprobs, top: in
     if all(i != token_id for i, _, _ in ranked):
         ranked.append((token_id, logprobs.logprob, logprobs.rank))
     return {
-        str(i): {"logprob": finite(logprob), "rank": rank, "decoded_token": tokenizer.token_parts(i)[0]}
+        str(i): {"logprob": finite(logprob), "rank": rank, "decoded_token": tokenizer.token_text(i)}
         for i, logprob, rank in ranked
     }
