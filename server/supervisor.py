@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
+import zmq
 
 from engine.config import EngineConfig, ProcessConfig
 from engine.messages import Fatal, FromEngine, Ready, Shutdown, ToEngine
-from server import link
 from server.link import Link
 
 logger = logging.getLogger("outrider.supervisor")
@@ -46,7 +46,8 @@ class Supervisor:
     """`receive` gets every message; `lost` is told why when an engine that may hold requests is gone.
 
     A crash before the first Ready is final, since the same start would only fail again; so are MAX_FAILED_STARTS in a
-    row later, unless `gives_up` says no. `failed` then holds an EngineGoneError.
+    row later, unless `gives_up` says no. `failed` then holds an EngineGoneError. A start that this process cannot even
+    make (no memory, no descriptor, no such command) is a start that failed like any other.
     """
 
     def __init__(
@@ -76,7 +77,6 @@ class Supervisor:
         self.failed.add_done_callback(lambda future: future.cancelled() or future.exception())  # may go unawaited
         self._receive = receive
         self._lost = lost
-        self._directory = link.private_directory()
         self._link: Link | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._fatal: Fatal | None = None
@@ -102,21 +102,29 @@ class Supervisor:
             await self._task
         if self._process is not None:
             await self._process.wait()
-        link.remove(self._directory)
 
     def kill(self) -> None:
         """End the engine at once and leave nothing behind; for a server that must go now."""
         self._stopping = True
         self._end_life()
-        link.remove(self._directory)
 
     async def _run(self) -> None:
+        """Whatever nobody thought of ends in `failed` too: a server that waits for nothing would look alive for ever."""
+        try:
+            await self._lives()
+        except Exception as error:
+            logger.exception("the supervisor of the engine failed")
+            why = self._named(f"the supervisor of the engine failed ({type(error).__name__}: {error})")
+            self.failed.set_exception(EngineGoneError(why, 1))
+            self._lost(why)
+
+    async def _lives(self) -> None:
         """One turn per life of the engine."""
         short_lives = failed_starts = 0
         was_ready = False
         while True:
             born = asyncio.get_running_loop().time()
-            why = await self._live()
+            why = self._named(await self._live())
             was_ready = was_ready or self._ready
             failed_starts = 0 if self._ready else failed_starts + 1
             self._lost(why)
@@ -128,7 +136,7 @@ class Supervisor:
                 return
             young = asyncio.get_running_loop().time() - born < SHORT_LIFE
             short_lives = short_lives + 1 if young else 0
-            delay = min(2.0 ** (short_lives - 2), MAX_DELAY) if short_lives > 1 else 0.0
+            delay = restart_delay(short_lives)
             logger.error("%s; starting it again in %.0f s", why, delay)
             await asyncio.sleep(delay)
             self.restarts += 1
@@ -136,39 +144,58 @@ class Supervisor:
     async def _live(self) -> str:
         """Start an engine, see it to its end, and say why it ended."""
         self._fatal, self._ready, self._silence = None, False, 0.0
-        self._link = Link(self._directory, self.restarts, self._on_message)
         try:
-            self._process = process = await self._start()
-            self.pid = process.pid
+            code = await self._start_and_wait()
+        except Exception as error:  # of this machine, which may have what is missing a moment later, or of the event loop
+            self._fatal = self._fatal or self._not_started(error)
+            if self._process is not None:
+                await self._process.wait()  # killed, if it came so far: never two engines at a time
+        return self._fatal.message if self._fatal else f"the engine process ended unexpectedly ({_describe(code)})"
+
+    async def _start_and_wait(self) -> int:
+        """The exit code of a new engine."""
+        self._link = link = Link(self._on_message)
+        try:
+            process = await self._start(link)
             watchdog = asyncio.create_task(self._watch(process))
             try:
                 code = await process.wait()
             finally:
                 watchdog.cancel()
-            await self._link.drain_rest()
+            await link.drain_rest()
         finally:
             self._end_life()
-        why = self._fatal.message if self._fatal else f"the engine process ended unexpectedly ({_describe(code)})"
-        return why if self.number is None else f"engine {self.number}: {why}"
+        return code
 
-    async def _start(self) -> asyncio.subprocess.Process:
-        assert self._link is not None
+    async def _start(self, link: Link) -> asyncio.subprocess.Process:
         config = ProcessConfig(
             engine=self.config,
-            inbox=self._link.inbox,
-            outbox=self._link.outbox,
+            inbox=link.inbox,
+            outbox=link.outbox,
             parent=os.getpid(),
             log_level=self.log_level,  # type: ignore[arg-type]  # checked by ServerConfig
         )
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         env = {"GLIBC_TUNABLES": MALLOC} | os.environ | {"PYTHONPATH": path} | self.environment
         process = await asyncio.create_subprocess_exec(*self.command, stdin=asyncio.subprocess.PIPE, stdout=STDERR, env=env)
+        self._process, self.pid = process, process.pid  # from here on it is ended with this life
         assert process.stdin is not None
         process.stdin.write(msgspec.msgpack.encode(config))
         with contextlib.suppress(ConnectionError):  # it died already: its exit code says more
             await process.stdin.drain()
         process.stdin.close()
         return process
+
+    def _not_started(self, error: Exception) -> Fatal:
+        """What the system refuses is the operator's to mend (exit code 2, no traceback); anything else is ours."""
+        refused = isinstance(error, OSError | zmq.ZMQError)
+        what = "could not be seen to its end" if self._ready else "could not be started"
+        if not refused:
+            logger.error("the engine %s", what, exc_info=error)
+        return Fatal(f"the engine {what} ({type(error).__name__}: {error})", exit_code=2 if refused else 1)
+
+    def _named(self, why: str) -> str:
+        return why if self.number is None else f"engine {self.number}: {why}"
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Kill an engine that was ready and then fell silent: it computes for ever, or hangs.
@@ -203,6 +230,12 @@ class Supervisor:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+
+def restart_delay(short_lives: int) -> float:
+    """Seconds to wait after so many short lives in a row."""
+    doublings = min(short_lives - 2, 30)  # an engine may fail for days while others serve, and floats end at 2 ** 1023
+    return min(2.0**doublings, MAX_DELAY) if short_lives > 1 else 0.0
 
 
 def _describe(code: int) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +17,7 @@ from engine.config import EngineConfig
 from engine.messages import EngineStats, TokenDelta
 from engine.request import Request, SamplingParams
 from server.client import EngineClient, EngineDead
-from server.supervisor import EngineGoneError
+from server.supervisor import MAX_DELAY, MAX_FAILED_STARTS, EngineGoneError, restart_delay
 from tests import fake_engine
 
 
@@ -241,12 +243,92 @@ async def test_an_engine_that_never_comes_back_is_given_up(tmp_path: Path, monke
         assert not client.ready
 
 
+def failing_starts(monkeypatch: pytest.MonkeyPatch, error: Exception, count: int) -> None:
+    """The next `count` processes cannot be created."""
+    create, errors = asyncio.create_subprocess_exec, [error] * count
+
+    async def refuse(*command: str, **options: Any) -> asyncio.subprocess.Process:
+        if errors:
+            raise errors.pop()
+        return await create(*command, **options)
+
+    monkeypatch.setattr("server.supervisor.asyncio.create_subprocess_exec", refuse)
+
+
+@pytest.mark.parametrize("error", [BlockingIOError(11, "no more processes"), RuntimeError("can't start new thread")])
+async def test_a_start_that_raises_is_tried_again(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.supervisor.MAX_DELAY", 0.01)
+    async with running() as client:
+        await client.wait_ready()
+        first = client.pid
+        failing_starts(monkeypatch, error, 2)
+        os.kill(first, signal.SIGKILL)
+        await restarted(client, first)
+        assert client.restarts == 3
+        assert client.live
+        assert len(await collect(client, request("r"))) == 3
+
+
+async def test_a_start_that_raises_again_and_again_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.supervisor.MAX_DELAY", 0.01)
+    async with running() as client:
+        await client.wait_ready()
+        failing_starts(monkeypatch, BlockingIOError(11, "no more processes"), 100)
+        os.kill(client.pid, signal.SIGKILL)
+        with pytest.raises(EngineGoneError, match=r"could not be started .*no more processes") as caught:
+            await asyncio.wait_for(client.wait_failed(), 20)
+        assert caught.value.exit_code == 1
+        assert client.restarts == MAX_FAILED_STARTS
+        with pytest.raises(EngineDead, match="no more processes"):
+            await collect(client, request("r"))
+
+
+async def test_a_command_that_does_not_exist_is_final_at_once() -> None:
+    client = EngineClient(EngineConfig(model="ok"), command=["/nowhere/python"])
+    await client.start()
+    with pytest.raises(EngineGoneError, match="No such file or directory: '/nowhere/python'") as caught:
+        await asyncio.wait_for(client.wait_ready(), 20)
+    assert caught.value.exit_code == 2
+    assert not client.live
+    await client.close()
+
+
+async def test_an_engine_whose_sockets_were_swept_away_comes_back() -> None:
+    async with running() as client:
+        await client.wait_ready()
+        first = client.pid
+        shutil.rmtree(client._supervisor._link.directory)
+        assert len(await collect(client, request("r"))) == 3
+        os.kill(first, signal.SIGKILL)
+        await restarted(client, first)
+        assert len(await collect(client, request("r"))) == 3
+        assert client._supervisor._link.directory.stat().st_mode & 0o777 == 0o700
+
+
+async def test_a_supervisor_that_fails_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def delay(short_lives: int) -> float:
+        raise OverflowError("a bug")
+
+    monkeypatch.setattr("server.supervisor.restart_delay", delay, raising=False)
+    async with running() as client:
+        await client.wait_ready()
+        os.kill(client.pid, signal.SIGKILL)
+        with pytest.raises(EngineGoneError, match="OverflowError: a bug"):
+            await asyncio.wait_for(client.wait_failed(), 20)
+        assert not client.live
+
+
+def test_the_delay_grows_and_has_an_end() -> None:
+    assert [restart_delay(count) for count in range(8)] == [0, 0, 1, 2, 4, 8, 16, MAX_DELAY]
+    assert restart_delay(10_000) == MAX_DELAY  # days of an engine that others stand in for
+
+
 async def test_closing_leaves_no_process_and_no_files() -> None:
     async with running() as client:
         await client.wait_ready()
         consumer = asyncio.create_task(collect(client, request("r", fake_engine.ENDLESS)))
         await stats_where(client, steps=2, running=1)
-        pid, directory = client.pid, client._supervisor._directory
+        pid, directory = client.pid, client._supervisor._link.directory
         assert directory.stat().st_mode & 0o777 == 0o700
     assert not directory.exists()
     with pytest.raises(ProcessLookupError):
