@@ -104,7 +104,12 @@ class ServerConfig(BaseSettings):
         _ENGINE.load_format, description="transformers: run the model through transformers' own code"
     )
     seed: int | None = Field(None, ge=0, lt=1 << 64, description="draws the seeds of requests that bring none (default: chance)")
-    watchdog_timeout: float = Field(120.0, gt=0, description="seconds without a sign of life until the engine is restarted")
+    watchdog_timeout: float = Field(
+        120.0,
+        gt=0,
+        description="seconds without a sign of life until the engine is restarted; its first start may take as long as it likes, "
+        "a restart this long or three times the longest start so far, twice that after each one that failed",
+    )
 
     # speculation
     drafters: Names = Field(_ENGINE.drafters, description="comma list, in order of preference; `none` for none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -32,6 +33,7 @@ STOP_SECONDS = 5.0  # for a Shutdown to be obeyed
 SHORT_LIFE = 60.0  # seconds; an engine that dies younger is started again with a growing delay
 MAX_DELAY = 30.0  # seconds
 MAX_FAILED_STARTS = 5  # in a row
+START_FACTOR = 3.0  # a restart may take so many times as long as the longest start that came to its end
 
 
 class EngineGoneError(Exception):
@@ -82,6 +84,8 @@ class Supervisor:
         self._fatal: Fatal | None = None
         self._ready = False
         self._silence = 0.0
+        self._failed_starts = 0  # in a row
+        self._longest_start: float | None = None  # seconds, of those that ended with Ready
         self._stopping = False
         self._task = asyncio.create_task(self._run())
 
@@ -120,17 +124,16 @@ class Supervisor:
 
     async def _lives(self) -> None:
         """One turn per life of the engine."""
-        short_lives = failed_starts = 0
-        was_ready = False
+        short_lives = 0
         while True:
             born = asyncio.get_running_loop().time()
             why = self._named(await self._live())
-            was_ready = was_ready or self._ready
-            failed_starts = 0 if self._ready else failed_starts + 1
+            was_ready = self._longest_start is not None
+            self._failed_starts = 0 if self._ready else self._failed_starts + 1
             self._lost(why)
             if self._stopping:
                 return
-            if not was_ready or (failed_starts >= MAX_FAILED_STARTS and self.gives_up()):
+            if not was_ready or (self._failed_starts >= MAX_FAILED_STARTS and self.gives_up()):
                 exit_code = self._fatal.exit_code if self._fatal and not was_ready else 1
                 self.failed.set_exception(EngineGoneError(why, exit_code))
                 return
@@ -198,16 +201,18 @@ class Supervisor:
         return why if self.number is None else f"engine {self.number}: {why}"
 
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
-        """Kill an engine that was ready and then fell silent: it computes for ever, or hangs.
+        """Kill an engine that gives no sign of life for too long: it computes for ever, or hangs.
 
         Silence is counted in our own ticks, so that a machine that slept, or a stopped process group, is no silence.
         """
         while True:
             await asyncio.sleep(TICK)
-            self._silence += TICK if self._ready else 0.0
-            if self._silence > self.watchdog_timeout:
-                why = f"the engine gave no sign of life for {self.watchdog_timeout:.0f} s"
-                self._fatal = Fatal(why)
+            self._silence += TICK
+            limit = self._patience()
+            if self._silence > limit:
+                starting = not self._ready and not self._fatal
+                why = f"the engine {'was not ready after' if starting else 'gave no sign of life for'} {limit:.0f} s"
+                self._fatal = self._fatal or Fatal(why)  # one that said why it ends, and then did not end, has said more
                 logger.error("%s; its stacks follow, then it is killed", why)
                 with contextlib.suppress(ProcessLookupError):
                     process.send_signal(signal.SIGUSR1)
@@ -215,12 +220,21 @@ class Supervisor:
                     process.kill()
                 return
 
+    def _patience(self) -> float:
+        """Seconds of silence that the engine may have now: an engine says nothing while it starts."""
+        if self._ready or self._fatal:
+            return self.watchdog_timeout
+        if self._longest_start is None:  # nobody knows how long this model loads and is measured; the operator looks on
+            return math.inf
+        return start_limit(self.watchdog_timeout, self._longest_start, self._failed_starts)
+
     def _on_message(self, message: FromEngine) -> None:
-        self._silence = 0.0
         if isinstance(message, Ready):
             self._ready = True
+            self._longest_start = max(self._longest_start or 0.0, self._silence + TICK)  # a tick that has begun counts
         elif isinstance(message, Fatal):
             self._fatal = message
+        self._silence = 0.0
         self._receive(message)
 
     def _end_life(self) -> None:
@@ -230,6 +244,17 @@ class Supervisor:
         if self._link is not None:
             self._link.close()
             self._link = None
+
+
+def start_limit(watchdog_timeout: float, longest_start: float, failed_starts: int) -> float:
+    """Seconds that a restart may take.
+
+    Most are shorter than the first start, which compiled and measured what they find on the disk. Some are longer: the
+    weights have left the page cache (an engine that died of too little memory), other engines compute or load beside it. An
+    end that comes too early costs more than one that comes late, so each failed start doubles the limit for the next: one
+    that is only slow gets there, and one that hangs is still given up.
+    """
+    return max(watchdog_timeout, START_FACTOR * longest_start) * 2.0 ** min(failed_starts, MAX_FAILED_STARTS)
 
 
 def restart_delay(short_lives: int) -> float:

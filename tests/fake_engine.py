@@ -5,6 +5,7 @@ It counts: token i of an answer is i. The first prompt id says what happens: see
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -30,11 +31,15 @@ COMMAND = (sys.executable, "-P", "-m", "tests.fake_engine")
 
 class FakeEngine:
     """`config.model` steers the start: "bad" is refused, "crash" raises, "die" kills the process, "once:PATH" dies on every
-    start but the first (PATH remembers), "slow" takes until SIGCONT."""
+    start but the first (PATH remembers), "stuck:PATH" hangs in every other start, the first is none of them, and "linger" is
+    refused and then does not end."""
 
     def __init__(self, config: EngineConfig) -> None:
         if config.model == "bad":
             raise ValueError("the model file\nis truncated")
+        if config.model == "linger":
+            atexit.register(time.sleep, 3600)
+            raise ValueError("no such model")
         if config.model == "crash":
             raise RuntimeError("no memory")
         if config.model == "die":
@@ -43,6 +48,12 @@ class FakeEngine:
             marker = Path(config.model.removeprefix("once:"))
             if marker.exists():
                 os.kill(os.getpid(), signal.SIGKILL)
+            marker.touch()
+        if config.model.startswith("stuck:"):
+            marker = Path(config.model.removeprefix("stuck:"))
+            if marker.exists():
+                marker.unlink()
+                time.sleep(3600)
             marker.touch()
         self.info: EngineInfo = fake_info(max_num_seqs=config.max_num_seqs, num_blocks=100)
         self.requests: dict[str, Request] = {}

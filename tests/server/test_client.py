@@ -17,7 +17,7 @@ from engine.config import EngineConfig
 from engine.messages import EngineStats, TokenDelta
 from engine.request import Request, SamplingParams
 from server.client import EngineClient, EngineDead
-from server.supervisor import MAX_DELAY, MAX_FAILED_STARTS, EngineGoneError, restart_delay
+from server.supervisor import MAX_DELAY, MAX_FAILED_STARTS, EngineGoneError, restart_delay, start_limit
 from tests import fake_engine
 
 
@@ -213,6 +213,43 @@ async def test_a_silent_engine_is_killed_and_replaced() -> None:
             await collect(client, request("r", fake_engine.HANG))
         await restarted(client, first)
         assert len(await collect(client, request("s"))) == 3
+
+
+async def test_a_restart_that_hangs_is_killed_and_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("server.supervisor.TICK", 0.1)
+    monkeypatch.setattr("server.supervisor.START_FACTOR", 1.0, raising=False)
+    async with running(f"stuck:{tmp_path / 'started'}", watchdog_timeout=2.0) as client:
+        await client.wait_ready()
+        first = client.pid
+        os.kill(first, signal.SIGKILL)
+        await restarted(client, first)
+        assert client.restarts >= 2
+        assert "the engine was not ready after " in caplog.text
+        assert len(await collect(client, request("r"))) == 3
+
+
+async def test_the_first_start_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.supervisor.TICK", 0.001)
+    async with running(watchdog_timeout=0.002) as client:
+        await client.wait_ready()
+        assert client.restarts == 0
+
+
+async def test_an_engine_that_cannot_start_and_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.supervisor.TICK", 0.05)
+    async with running("linger", watchdog_timeout=0.1) as client:
+        with pytest.raises(EngineGoneError, match="no such model") as caught:
+            await asyncio.wait_for(client.wait_ready(), 20)
+        assert caught.value.exit_code == 2
+
+
+def test_how_long_a_restart_may_take() -> None:
+    assert start_limit(120, longest_start=5, failed_starts=0) == 120
+    assert start_limit(120, longest_start=200, failed_starts=0) == 600
+    assert [start_limit(120, 5, failed) for failed in range(4)] == [120, 240, 480, 960]
+    assert start_limit(120, 5, failed_starts=10_000) == 120 * 2**MAX_FAILED_STARTS
 
 
 @pytest.mark.parametrize(
