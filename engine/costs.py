@@ -73,7 +73,7 @@ class Costs:
                 # Corrections belong to the points they were learned at; drafters' costs stay.
                 tables = _with_drafts(self.profile.tables(), tables)
             spent, shapes = time.perf_counter() - started, len(self.profile.samples())
-            logger.info("costs profiled: %d shapes known, %.1f s, kept in %s", shapes, spent, self.file)
+            logger.info("costs profiled: %d shapes known, %.1f s", shapes, spent)
         self.model = CostModel(tables if tables is not None else guess(info), executor.tier)
         self._expect_depths(info)
         if config.profile:

@@ -41,11 +41,14 @@ class Header(NamedTuple):
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Raises ValueError, one line that names the file, for a file that is no datastore of this version or is cut short;
-        OSError when it cannot be read."""
+        """Raises ValueError, one line that names the file, for one that cannot be read, is no datastore of this version or is
+        cut short."""
         path = Path(path)
-        with path.open("rb") as file:
-            head = file.read(HEADER_BYTES)
+        try:
+            with path.open("rb") as file:
+                head = file.read(HEADER_BYTES)
+        except OSError as error:
+            raise ValueError(f"datastore {path}: {error.strerror}") from None
         if head[: len(MAGIC)] != MAGIC:
             raise ValueError(f"datastore {path}: not a file that `outrider datastore build` wrote")
         if len(head) < HEADER_BYTES:

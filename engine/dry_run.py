@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 
 from engine import deterministic, registry
 from engine.config import EngineConfig
+from engine.datastore_header import Header
 from engine.draft_runner import DraftRunner
 from engine.footprint import rotary_bytes, step_bytes, weight_bytes
 from engine.kv import KVCache
 from engine.memory import SPARE_BYTES, GPUMemory, MemoryPlan, plan_memory
 from engine.models.config import ModelConfig
 from engine.models.loader import load_config
+from engine.models.native import unavailable as native_unavailable
 from engine.models.sharding import Sharding
 from engine.verification import Verification
 from engine.worker import _dtype
@@ -74,6 +77,10 @@ def dry_run(config: EngineConfig, device_memory: int | None = None, engines: int
     here = engines * (1 if config.distributed_executor_backend == "ray" else len(shards))  # ranks on this machine
     device = _device(config, device_memory, here)
     dtype = _dtype(config.dtype, model.dtype)
+    if device_memory is None:  # else it is another machine's business what is there
+        _check_here(config, model, dtype, device)
+    if config.datastore is not None:
+        Header.read(config.datastore)
     if config.deterministic:
         deterministic.check(config, shards[0].config, dtype, device)
     draft = _draft(config, model, dtype, device)
@@ -101,6 +108,14 @@ def dry_run(config: EngineConfig, device_memory: int | None = None, engines: int
             f"lower it, or take a smaller model"
         )
     return found
+
+
+def _check_here(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Raises ValueError for what was asked for by name and this machine does not have."""
+    if config.attention_backend == "flashinfer" and find_spec("flashinfer") is None:
+        raise ValueError("attention_backend: flashinfer is not installed")
+    if config.cpu_kernels == "native" and (why := native_unavailable(model, dtype, device)) is not None:
+        raise ValueError(f"cpu_kernels: the native kernels cannot run this model here: {why}")
 
 
 def _plan(

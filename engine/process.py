@@ -40,14 +40,14 @@ class Child(Protocol):
 def settle(config: Child) -> None:
     """Never outlive the supervisor, and leave only when it says so.
 
-    SIGTERM and SIGINT reach a whole process group or container while the front end still drains, so they are ignored
+    SIGTERM, SIGINT and SIGHUP reach a whole process group or container while the front end still drains, so they are ignored
     here: the process leaves on Shutdown, with its parent, or by SIGKILL. SIGUSR1 writes all stacks to stderr.
     """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != config.parent:  # it went before the line above
         raise SystemExit(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1)
     layout = "%(asctime)s %(levelname)s %(name)s: %(message)s"

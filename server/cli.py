@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -128,7 +129,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         close = difflib.get_close_matches(args[0], COMMANDS, n=1)
         return fail(f"unknown command {args[0]}", f"did you mean {close[0]}?" if close else "see outrider --help")
-    return init.run(lambda: command(args[1:]))
+    return init.run(lambda: _interruptible(command, args[1:]))
+
+
+def _interruptible(command: Callable[[Sequence[str]], int], args: Sequence[str]) -> int:
+    """Ctrl-C while a command has no handler of its own, as during its imports, ends it without a traceback."""
+    try:
+        return command(args)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
 
 
 def fail(message: str, hint: str = "") -> int:

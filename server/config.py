@@ -38,7 +38,16 @@ def _split(value: object) -> object:
     return value
 
 
+def _keys(value: object) -> object:
+    """One text is keys with spaces between them; a key is never cut at a comma, which would make two weaker ones of it."""
+    keys = value.split() or [""] if isinstance(value, str) else value
+    if isinstance(keys, list) and any(isinstance(key, str) and key.split() != [key] for key in keys):
+        raise ValueError("a key is empty or holds a space; without the setting there is none")
+    return keys
+
+
 Names = Annotated[list[str], NoDecode, BeforeValidator(_split)]
+Keys = Annotated[list[str], NoDecode, BeforeValidator(_keys)]
 
 
 class ServerConfig(BaseSettings):
@@ -51,7 +60,9 @@ class ServerConfig(BaseSettings):
     # HTTP
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 opens the server to the network")
     port: int = Field(8000, ge=0, le=65535, description="0 picks a free port")
-    api_key: Names = Field([], repr=False, description="key that clients must send; may be repeated")
+    api_key: Keys = Field(
+        [], repr=False, description="key that clients must send; may be repeated (in the environment: spaces between keys)"
+    )
     served_model_name: str | None = Field(None, min_length=1, description="the model's name in the API")
     max_body_bytes: int = Field(16 << 20, ge=1024, description="largest request body; larger ones get 413")
     max_queue: int = Field(256, ge=1, description="most requests in the server at once; further ones get 429")
@@ -106,7 +117,7 @@ class ServerConfig(BaseSettings):
     seed: int | None = Field(None, ge=0, lt=1 << 64, description="draws the seeds of requests that bring none (default: chance)")
     watchdog_timeout: float = Field(
         120.0,
-        gt=0,
+        ge=2,  # it looks once a second
         description="seconds without a sign of life until the engine is restarted; its first start may take as long as it likes, "
         "a restart this long or three times the longest start so far, twice that after each one that failed",
     )
@@ -121,7 +132,9 @@ class ServerConfig(BaseSettings):
     max_budget: int = Field(_ENGINE.max_budget, ge=0, description="most draft nodes per sequence and step, --policy goodput")
     max_itl_ms: float | None = Field(_ENGINE.max_itl_ms, gt=0, description="never guess so far that a step takes longer (ms)")
     profile: bool = Field(_ENGINE.profile, description="measure what steps cost, where that is not kept on disk")
-    cache_dir: str | None = Field(_ENGINE.cache_dir, description="where measured costs are kept (default: ~/.cache/outrider)")
+    cache_dir: str | None = Field(
+        _ENGINE.cache_dir, description="where measured costs and bigrams are kept (default: ~/.cache/outrider)"
+    )
     draft_model: str | None = Field(_ENGINE.draft_model, description="small model for drafter draft_model, named like MODEL")
     datastore: str | None = Field(_ENGINE.datastore, description="file for drafter rest (outrider datastore build)")
     lossy: bool = Field(_ENGINE.lossy, description="allow a verifier that may change answers; every response then says so")
@@ -145,6 +158,8 @@ class ServerConfig(BaseSettings):
     @field_validator("drafters")
     @classmethod
     def _at_least_one(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("a drafter is named twice")
         return value or ["none"]
 
     def engine_config(self, model_path: str) -> EngineConfig:

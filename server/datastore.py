@@ -87,7 +87,7 @@ def _describe(file: Path, header: Header) -> Iterator[str]:
 
 
 def check(file: str | Path, tokenizer: Tokenizer) -> None:
-    """Raises ValueError when a datastore was built with another tokenizer, or is broken; OSError when it cannot be read."""
+    """Raises ValueError when a datastore was built with another tokenizer, is broken or cannot be read."""
     header = Header.read(file)
     if header.vocab_size > tokenizer.vocab_size or header.fingerprint != tokenizer.fingerprint(header.vocab_size):
         raise ValueError(f"datastore {file}: built for another tokenizer; build it again with --model")

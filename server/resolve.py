@@ -26,6 +26,8 @@ def resolve(model: str | None, *, download: bool = True) -> ResolvedModel:
     """
     if model is None:
         return ResolvedModel(str(_default()), DEFAULT_NAME)
+    if not model.strip():
+        raise ValueError("MODEL is empty; leave it out for the default one")
     path = Path(model).expanduser()
     if path.is_dir():
         return ResolvedModel(str(path), _directory_name(path))

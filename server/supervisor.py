@@ -211,7 +211,7 @@ class Supervisor:
             limit = self._patience()
             if self._silence > limit:
                 starting = not self._ready and not self._fatal
-                why = f"the engine {'was not ready after' if starting else 'gave no sign of life for'} {limit:.0f} s"
+                why = f"the engine {'was not ready after' if starting else 'gave no sign of life for'} {limit:g} s"
                 self._fatal = self._fatal or Fatal(why)  # one that said why it ends, and then did not end, has said more
                 logger.error("%s; its stacks follow, then it is killed", why)
                 with contextlib.suppress(ProcessLookupError):

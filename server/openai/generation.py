@@ -26,6 +26,7 @@ class Generation:
         self.front = front
         self.requests = requests
         self.n = requests[0].n
+        self.rules = rules
         self.choices = [Choice(i, front.tokenizer, rules) for i in range(len(requests) * self.n)]
         self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # by position in `requests`
         self.timings = [Timing(front.metrics, requests[0].arrival_time) for _ in self.choices]
@@ -91,7 +92,7 @@ class Generation:
         for request in self.requests:
             observe("request_prompt_tokens", len(request.prompt_ids))
             observe("request_params_n", request.n)
-            observe("request_params_max_tokens", request.params.max_tokens)
+            observe("request_params_max_tokens", 0 if self.rules.silent else request.params.max_tokens)
 
     def _count_end(self, reason: str) -> None:
         metrics = self.front.metrics

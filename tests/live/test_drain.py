@@ -1,4 +1,4 @@
-"""SIGTERM: what was accepted is finished, what comes later is refused, and the server leaves with exit code 0."""
+"""A signal to leave: what was accepted is finished, what comes later is refused, and the server leaves with exit code 0."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from tests.live.conftest import MODEL, start
 
 
-async def test_a_signal_drains(smollm2_gguf: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+async def test_a_signal_drains(number: signal.Signals, smollm2_gguf: Path, tmp_path: Path) -> None:
     flags = ["--max-model-len", "1024", "--kv-cache-memory-bytes", str(128 << 20), "--num-threads", "1"]
     server = await asyncio.to_thread(start, smollm2_gguf, tmp_path / "stderr", *flags)
     family = psutil.Process(server.process.pid).children(recursive=True)
@@ -24,7 +26,8 @@ async def test_a_signal_drains(smollm2_gguf: Path, tmp_path: Path) -> None:
         ):
             lines = response.aiter_lines()
             await anext(lines)
-            server.process.send_signal(signal.SIGTERM)
+            for process in (server.process, *family):  # a container that stops and a terminal that closes tell the engine too
+                process.send_signal(number)
             async with httpx.AsyncClient(base_url=server.url, timeout=120) as other, asyncio.timeout(30):
                 while (await other.get("/ready")).status_code == 200:  # noqa: ASYNC110  # until the signal has been seen
                     await asyncio.sleep(0.01)

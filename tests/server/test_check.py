@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
@@ -66,6 +67,21 @@ def test_nothing_is_downloaded(capfd: pytest.CaptureFixture[str], hub_cache: Pat
     said = complaint(capfd, "someone/some-model")
     assert "a check downloads nothing: someone/some-model" in said
     assert complaint(capfd, LLAMA, "--draft-model", "someone/small").count("someone/small") == 1
+
+
+def test_what_a_server_would_refuse_here_is_refused(
+    capfd: pytest.CaptureFixture[str], tiny_llama_dir: Path, tmp_path: Path
+) -> None:
+    model = str(tiny_llama_dir)
+    native = ("--cpu-kernels", "native", "--dtype", "float32", "--device", "cpu")
+    assert "cpu_kernels: the native kernels cannot run this model here" in complaint(capfd, model, *native)
+    if importlib.util.find_spec("flashinfer") is None:
+        assert "attention_backend: flashinfer is not installed" in complaint(capfd, model, "--attention-backend", "flashinfer")
+    nowhere = str(tmp_path / "nowhere")
+    assert f"datastore {nowhere}: No such file" in complaint(capfd, model, "--datastore", nowhere)
+    assert "a drafter is named twice" in complaint(capfd, model, "--drafters", "suffix,suffix")
+    assert "--watchdog-timeout: Input should be greater than or equal to 2" in complaint(capfd, model, "--watchdog-timeout", "1")
+    assert "MODEL is empty" in complaint(capfd, "")
 
 
 def test_an_unknown_field_of_a_preset_is_named(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

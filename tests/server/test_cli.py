@@ -52,6 +52,17 @@ def test_the_module_runs_as_the_command_does() -> None:
     assert done.stdout.startswith("outrider ")
 
 
+def test_ctrl_c_while_nothing_runs_yet_leaves_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "serve", interrupted)
+    assert cli.main(["serve"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
 def test_wrong_commands_and_flags(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean serve?" in complaint(capsys, "sreve")
     assert "see outrider --help" in complaint(capsys, "xyzzy")

@@ -48,7 +48,7 @@ def test_the_yaml_file_may_be_named_by_the_environment(monkeypatch: pytest.Monke
 def test_lists_come_as_commas_as_repeated_flags_and_as_yaml_lists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert parse(["--drafters", "ngram, prediction"]).drafters == ["ngram", "prediction"]
     assert parse(["--api-key", "a", "--api-key", "b"]).api_key == ["a", "b"]
-    monkeypatch.setenv("OUTRIDER_API_KEY", "c,d")
+    monkeypatch.setenv("OUTRIDER_API_KEY", "c d")
     assert parse([]).api_key == ["c", "d"]
     (tmp_path / "x.yaml").write_text("cors_allow_origins: [https://a, https://b]\n")
     assert parse(["--config", str(tmp_path / "x.yaml")]).cors_allow_origins == ["https://a", "https://b"]
@@ -152,6 +152,26 @@ def test_a_misspelt_variable_is_pointed_out_and_a_foreign_one_is_not(
 def test_the_port_variable_of_a_kubernetes_service_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUTRIDER_PORT", "tcp://10.0.0.1:80")
     assert parse([]).port == 8000
+
+
+def test_a_key_is_never_cut(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Half of a key must not open the door."""
+    assert parse(["--api-key", "sk-a,b"]).api_key == ["sk-a,b"]
+    monkeypatch.setenv("OUTRIDER_API_KEY", "sk-a,b")
+    assert parse([]).api_key == ["sk-a,b"]
+    (tmp_path / "x.yaml").write_text("api_key: [sk-c, 'd,e']\n")
+    monkeypatch.delenv("OUTRIDER_API_KEY")
+    assert parse(["--config", str(tmp_path / "x.yaml")]).api_key == ["sk-c", "d,e"]
+
+
+def test_an_empty_key_is_not_no_key(tmp_path: Path) -> None:
+    """`--api-key "$UNSET"` must not open the server."""
+    for argv in (["--api-key", ""], ["--api-key", " "], ["--api-key", "a", "--api-key", ""], ["--api-key", "a b"]):
+        with pytest.raises(ConfigError, match="--api-key"):
+            parse(argv)
+    (tmp_path / "x.yaml").write_text("api_key: ''\n")
+    with pytest.raises(ConfigError, match="--api-key"):
+        parse(["--config", str(tmp_path / "x.yaml")])
 
 
 def test_keys_are_never_shown() -> None:
