@@ -153,10 +153,12 @@ class ReferenceAttention:
     def _group(self, batch: ForwardBatch, segments: list[Segment], rows: int) -> Group:
         num_keys = max(segment.num_keys for segment in segments)
         width = -(-num_keys // self.block_size)
-        tables = np.zeros((len(segments), width), dtype=np.int64)
+        tables = np.empty((len(segments), width), dtype=np.int64)
         for i, segment in enumerate(segments):
             table = batch.block_tables[segment.member][:width]
             tables[i, : len(table)] = table
+            # Keys beyond the table are masked, which NaN survives: a sequence reads no block but its own.
+            tables[i, len(table) :] = table[0]
         side = np.arange(2 * self.num_kv_heads).reshape(2, 1, self.num_kv_heads, 1)
         gather = (tables[None, :, None, :] * (2 * self.num_kv_heads) + side).reshape(-1)
         take, give = _rows(batch, segments, rows)

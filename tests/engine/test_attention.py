@@ -85,6 +85,21 @@ def test_bfloat16_stays_near_the_definition(count: int) -> None:
     torch.testing.assert_close(out.float(), expected.float(), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_sequence_reads_a_block_of_another(dtype: torch.dtype) -> None:
+    """What shares the step and every block that nobody holds are NaN; keys are rounded up to more than a short table has."""
+    batch, tables, num_blocks = build([(20, 3, None), (6, 1, [0, 0]), (3, 1, []), (140, 2, [0])], np.random.default_rng(2))
+    attention = ReferenceAttention(HEADS, KV_HEADS, SIZE, BLOCK, dtype, None)
+    torch.manual_seed(0)
+    q = torch.randn(batch.num_tokens, HEADS, SIZE).to(dtype)
+    new = torch.randn(batch.num_tokens, 2, KV_HEADS, SIZE).to(dtype)
+    for own, first, count in zip(tables, batch.first_rows, batch.num_rows, strict=True):
+        kv = torch.full((num_blocks, 2, KV_HEADS, BLOCK, SIZE), torch.nan, dtype=dtype)
+        kv[own] = 0.5
+        attention.plan(batch)
+        assert attention.run(kv, q, new, SIZE**-0.5)[first : first + count].isfinite().all()
+
+
 def test_a_sliding_window_hides_older_keys() -> None:
     batch, _, num_blocks = build([(30, 5, None), (3, 1, [0, 1])], np.random.default_rng(1))
     torch.manual_seed(0)
