@@ -35,6 +35,7 @@ class StepPlan(msgspec.Struct):
     new: list[NewSequence]
     rows: list[Row]
     removed: list[int]  # sequences that ended or were aborted since the last plan: forget them first
+    preempted: list[int] = []  # sequences that lost all their blocks since the last plan; these may have other owners in this one
 
 
 class RowResult(msgspec.Struct):

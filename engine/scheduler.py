@@ -82,6 +82,7 @@ class Scheduler:
         self._by_seq: dict[int, Entry] = {}
         self._num_unborn = 0
         self._removed: list[int] = []
+        self._preempted: list[int] = []
         self._arrivals = 0
         self._next_seq_id = 0
         self._step = 0
@@ -199,8 +200,9 @@ class Scheduler:
         new = [self._introduce(entry) for entry, _ in chunks if not entry.known]
         rows = [self._row(entry, count, budget) for (entry, count), budget in zip(scheduled, budgets, strict=True)]
         removed, self._removed = self._removed, []
+        preempted, self._preempted = self._preempted, []
         self._step += 1
-        return StepPlan(self._step, new, rows, removed)
+        return StepPlan(self._step, new, rows, removed, preempted)
 
     def _grow_decoding(self) -> list[Entry]:
         """The sequences whose only uncomputed token is their root, each with a block for it."""
@@ -298,6 +300,7 @@ class Scheduler:
         entry.seq.num_computed = 0
         entry.num_sent = 0
         entry.running = False
+        self._preempted.append(entry.seq.seq_id)
         entry.usage.preemptions += 1
         self.recorder.totals.preemptions += 1
         if entry.prompt_logprobs is not None:

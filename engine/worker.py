@@ -252,6 +252,9 @@ class Worker:
             if self.seqs.pop(seq_id, None) is not None:
                 self.drafting.forget(seq_id)
                 self.policy.forget(seq_id)
+        for seq_id in plan.preempted:
+            if (seq := self.seqs.get(seq_id)) is not None:
+                seq.block_ids, seq.num_computed = [], 0
         for new in plan.new:
             self.seqs[new.seq_id] = Sequence(new.seq_id, new.request, new.sample_index, self.eos_ids)
         seqs = [self.seqs[row.seq_id] for row in plan.rows]

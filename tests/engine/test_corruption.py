@@ -67,3 +67,19 @@ def test_the_first_of_a_batch_ends_alone(clean: Worker) -> None:
     assert tokens(engine, [bad(), *healthy(8)]) == expected
     assert engine.stats().corrupted_requests == 1
     assert is_finite(clean)
+
+
+def test_blocks_of_a_preempted_sequence_are_no_longer_its_own(clean: Worker) -> None:
+    """They belong to the one that preempted it, which leaves NaN in them: they are zeroed although they were another's."""
+    expected = tokens(make_engine(clean), healthy())
+    engine = make_engine(clean, num_blocks=20, enable_prefix_caching=False)
+    engine.add(request("low", [3] * 80, max_tokens=40, priority=5, ignore_eos=True))
+    for _ in range(2):
+        engine.step()
+    engine.add(request("bad", [NAN] * 100, max_tokens=20, priority=0))
+    deltas = engine.step()
+    assert [delta.finish_reason for delta in deltas if delta.request_id == "bad"] == ["error"]
+    assert engine.stats().preemptions == 1
+    assert is_finite(clean)
+    engine.abort("low")
+    assert tokens(engine, healthy()) == expected
