@@ -52,6 +52,7 @@ class Ruling(msgspec.Struct, tag="ruling", array_like=True):
 
     nodes: list[list[int]]
     tokens: list[list[int]]
+    corrupted: list[int]  # rows of the plan whose sequences' blocks are to be zeroed, judged or not
 
     def verdict(self) -> Verdict:
         return Verdict(self.nodes, self.tokens)

@@ -49,7 +49,7 @@ class Follower:
         ruling = broadcast.hear(worker.group)
         if not isinstance(ruling, Ruling):
             raise broadcast.DivergedError(f"step {plan.step} has no verdict")
-        worker.settle(plan, seqs, judged, forest, ruling.verdict())
+        worker.settle(plan, seqs, judged, forest, ruling.verdict(), ruling.corrupted)
         for *_, rows in worker.prompt_rows(plan, seqs, batch):
             worker.runner.logits(hidden, rows)
         worker.advance(seqs, plan.rows, [ruling.tokens[tree] if tree >= 0 else [] for tree in trees])

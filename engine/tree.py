@@ -216,3 +216,7 @@ class Verdict:
 
     nodes: list[list[int]]
     tokens: list[list[int]]
+
+    def void(self, tree: int) -> None:
+        """As if the root's own row were unusable."""
+        self.nodes[tree], self.tokens[tree] = [], []

@@ -19,6 +19,7 @@ import torch
 from engine import cost_store, deterministic, device_rules, registry
 from engine.broadcast import CHECK_STEPS, Drop, Ruling, Step, Trees, digest, tell
 from engine.config import EngineConfig
+from engine.corruption import NOT_FINITE, row_sums, unsound
 from engine.draft_runner import DraftRunner, make_runner
 from engine.drafting import Drafting
 from engine.logprobs import token_logprobs
@@ -47,7 +48,6 @@ from engine.workspace import graph_bytes, record_graphs, run_largest
 logger = logging.getLogger("outrider.engine")
 
 PROMPT_LOGPROB_ROWS = 128  # prompt rows whose logits are held at once: 128 * 150k * 4 B = 77 MB
-NOT_FINITE = "the model produced logits that are not finite for this request"
 
 
 class Worker:
@@ -186,7 +186,7 @@ class Worker:
 
     @torch.inference_mode()
     def step(self, plan: StepPlan) -> StepResult:
-        """Run one plan. A row that goes wrong on its own (NaN logits) comes back with `error`; the others go on."""
+        """Run one plan. A row that goes wrong on its own (NaN) comes back with `error`; the others go on."""
         clock = [time.perf_counter()]
         seqs = self.apply(plan)
         judged, trees = judged_rows(plan, seqs)
@@ -204,19 +204,27 @@ class Worker:
         clock.append(time.perf_counter())
 
         batch, hidden, layers, logits = self.feed(plan, seqs, forest, trees)
+        sums = row_sums(hidden, batch)  # read when the verdict has waited for the device anyway
         clock.append(time.perf_counter())
 
         scores = self.target_law(logits, tree_seqs, forest)
         clock.append(time.perf_counter())
         signals = self._signals(logits, layers, scores, batch.num_tokens)  # first: the verdict finds its best tokens in these
         verdict = self.verification.verify(forest, scores, tree_seqs)
-        tell(self.group, Ruling(verdict.nodes, verdict.tokens))
+        corrupted = unsound(sums, batch)
+        for i in corrupted:
+            if trees[i] >= 0:
+                verdict.void(trees[i])
+        corrupted += [i for i, tokens in zip(judged, verdict.tokens, strict=True) if not tokens and i not in corrupted]
+        tell(self.group, Ruling(verdict.nodes, verdict.tokens, corrupted))
         clock.append(time.perf_counter())
 
         self.policy.learn(tree_seqs, forest, verdict)
-        self.settle(plan, seqs, judged, forest, verdict)
+        self.settle(plan, seqs, judged, forest, verdict, corrupted)
         self.drafting.observe(tree_seqs, forest, verdict, signals)
         results = self._results(plan, seqs, trees, choice, verdict, logits)
+        for i in corrupted:
+            results[i].error = NOT_FINITE
         self._prompt_logprobs(plan, seqs, batch, hidden, results)
         self.advance(seqs, plan.rows, [result.token_ids for result in results])
         clock.append(time.perf_counter())
@@ -275,13 +283,23 @@ class Worker:
         hidden, layers = self.runner.forward(batch, self.drafting.needs.hidden_layers)
         return batch, hidden, layers, self.runner.node_logits(hidden, batch)
 
-    def settle(self, plan: StepPlan, seqs: list[Sequence], judged: list[int], forest: DraftForest, verdict: Verdict) -> None:
-        """Make the cache what the verdict says. What a corrupted sequence wrote is zeroed."""
+    def settle(
+        self,
+        plan: StepPlan,
+        seqs: list[Sequence],
+        judged: list[int],
+        forest: DraftForest,
+        verdict: Verdict,
+        corrupted: list[int],
+    ) -> None:
+        """Make the cache what the verdict says. What corrupted sequences (indices of rows) wrote is zeroed.
+
+        Nothing that is not finite outlives a step, so that whatever a block holds can be masked by a zero weight.
+        """
         roots = [plan.rows[i].num_computed + plan.rows[i].num_new - 1 for i in judged]
         self.kv.commit([seqs[i] for i in judged], roots, forest, verdict)
-        for i, tokens in zip(judged, verdict.tokens, strict=True):
-            if not tokens:
-                self._clear(seqs[i])
+        for i in corrupted:
+            self._clear(seqs[i])
 
     def _load(self, plan: StepPlan, seqs: list[Sequence], judged: list[Sequence]) -> Load:
         return Load(
@@ -313,9 +331,7 @@ class Worker:
                 continue
             tokens = verdict.tokens[tree]
             result = row_result(row.seq_id, choice, verdict, tree)
-            if not tokens:
-                result.error = NOT_FINITE
-            elif seq.params.logprobs is not None:
+            if tokens and seq.params.logprobs is not None:
                 first = int(forest.start[tree])
                 rows = logits[[first, *(first + node for node in verdict.nodes[tree])]]
                 result.logprobs = token_logprobs(rows, tokens, seq.params.logprobs)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.corruption import NOT_FINITE
 from engine.engine import Engine
 from engine.request import Request
 from engine.worker import Worker
@@ -67,6 +68,30 @@ def test_the_first_of_a_batch_ends_alone(clean: Worker) -> None:
     assert tokens(engine, [bad(), *healthy(8)]) == expected
     assert engine.stats().corrupted_requests == 1
     assert is_finite(clean)
+
+
+def test_a_chunk_of_a_prompt_ends_its_request_at_once(clean: Worker) -> None:
+    """Nobody judges it, and an abort before the next one would free its blocks as they are."""
+    expected = tokens(make_engine(clean), healthy(4))
+    engine = make_engine(clean, max_num_batched_tokens=16)
+    engine.add(bad(60))
+    (delta,) = engine.step()
+    assert (delta.finish_reason, delta.error) == ("error", NOT_FINITE)
+    assert engine.stats().corrupted_requests == 1
+    assert is_finite(clean)
+    again = answers(engine, [bad(60)])["bad", 0].usage
+    assert again is not None and again.cached_tokens == 0, "nobody starts from what it computed"
+    assert tokens(engine, healthy(4)) == expected
+
+
+def test_a_step_of_chunks_only_blames_the_right_one(clean: Worker) -> None:
+    engine = make_engine(clean, max_num_batched_tokens=64)
+    for one in (request("long", [7] * 40, max_tokens=4, ignore_eos=True), bad(60)):
+        engine.add(one)
+    (delta,) = [delta for delta in engine.step() if delta.request_id == "bad"]
+    assert delta.finish_reason == "error"
+    found = answers(engine, [])
+    assert found["long", 0].finish_reason == "length"
 
 
 def test_blocks_of_a_preempted_sequence_are_no_longer_its_own(clean: Worker) -> None:

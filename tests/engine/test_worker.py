@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.corruption import NOT_FINITE
 from engine.models.batch import ForwardBatch
 from engine.plan import NewSequence, Row, StepPlan
-from engine.worker import NOT_FINITE, Worker
+from engine.worker import Worker
 from tests.engine.real import answers, load_worker, make_engine, request
 
 PROMPT = [1604, 803, 24, 81, 28, 278, 727, 472, 1003, 253, 1232, 278, 198, 198, 1604, 3044, 24, 81, 28, 278, 727]
