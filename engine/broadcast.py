@@ -1,7 +1,8 @@
 """What rank 0 tells the other ranks, and how each side keeps to it. Small, MessagePack, never a tensor or a pickle.
 
-A step takes two of them: the plan with the forest that it made of the drafts, and the verdict. From these every rank keeps the
-same sequences, block tables and cached keys and values; a digest that comes along every so many steps proves it.
+A step takes two of them: the plan with the forest that it made of the drafts, and the verdict. (Between them, where a draft made
+NaN: that the step is to be fed again without it.) From these every rank keeps the same sequences, block tables and cached keys
+and values; a digest that comes along every so many steps proves it.
 """
 
 from __future__ import annotations
@@ -47,6 +48,12 @@ class Step(msgspec.Struct, tag="step", array_like=True):
     digest: int | None = None  # of rank 0's sequences once the plan is applied; compared where it is sent
 
 
+class Again(msgspec.Struct, tag="again", array_like=True):
+    """Feed the step once more, these trees of the forest cut down to their roots."""
+
+    trees: list[int]
+
+
 class Ruling(msgspec.Struct, tag="ruling", array_like=True):
     """The verdict on the trees of the step before."""
 
@@ -75,7 +82,7 @@ class Stop(msgspec.Struct, tag="stop", array_like=True):
     """The end of a rank's work."""
 
 
-Told = Step | Ruling | Study | Drop | Stop
+Told = Step | Again | Ruling | Study | Drop | Stop
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(Told)
 

@@ -106,8 +106,12 @@ class Drafting:
             except Exception:
                 self._raised(drafter)
 
+    def fell_back(self, reason: str) -> None:
+        """Count a guess that somebody else could not use."""
+        self._fallbacks[reason] += 1
+
     def take_fallbacks(self) -> dict[str, int]:
-        """Fallbacks since the last call, by reason: raised, malformed, vocabulary, slow."""
+        """Fallbacks since the last call, by reason: raised, malformed, vocabulary, slow, not_finite."""
         taken = dict(self._fallbacks)
         self._fallbacks.clear()
         return taken

@@ -6,7 +6,7 @@ import msgspec
 import torch
 
 from engine import broadcast
-from engine.broadcast import Drop, Ruling, Step, Stop, Study
+from engine.broadcast import Again, Drop, Ruling, Step, Stop, Study
 from engine.config import EngineConfig
 from engine.study import logits_behind
 from engine.worker import Worker, judged_rows
@@ -37,7 +37,7 @@ class Follower:
                     self.worker.drop(told.seq_ids)
                 case Stop():
                     return
-                case Ruling():
+                case Ruling() | Again():
                     raise broadcast.DivergedError("a verdict without a step")
 
     def _step(self, told: Step) -> None:
@@ -46,7 +46,9 @@ class Follower:
         broadcast.check(told, worker.seqs.values())
         judged, trees = judged_rows(plan, seqs)
         batch, hidden, _, _ = worker.feed(plan, seqs, forest, trees)
-        ruling = broadcast.hear(worker.group)
+        while isinstance(ruling := broadcast.hear(worker.group), Again):
+            forest = worker.undraft(plan, seqs, judged, forest, ruling.trees)
+            batch, hidden, _, _ = worker.feed(plan, seqs, forest, trees)
         if not isinstance(ruling, Ruling):
             raise broadcast.DivergedError(f"step {plan.step} has no verdict")
         worker.settle(plan, seqs, judged, forest, ruling.verdict(), ruling.corrupted)

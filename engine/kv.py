@@ -79,6 +79,11 @@ class KVCache:
         """Zero blocks whose contents are not finite, so that their next owner's masked keys are harmless."""
         self.kv[:, blocks] = 0
 
+    def clear_slots(self, slots: list[int]) -> None:
+        """Zero slots (block * block size + offset) in every layer."""
+        index = torch.tensor(slots, device=self.kv.device)
+        self.kv[:, index // self.block_size, :, :, index % self.block_size] = 0
+
 
 def _commit_kv(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]:
     if device.type != "cuda" or find_spec("triton") is None:

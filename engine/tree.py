@@ -143,6 +143,13 @@ class DraftForest:
         parent = np.where(self.parent < 0, -1, rank[up] - start[owner]).astype(np.int32)
         return start, parent[kept]
 
+    def without_drafts(self, trees: Sequence[int]) -> DraftForest:
+        """The forest with these trees cut down to their roots."""
+        kept = np.ones(self.num_nodes, dtype=bool)
+        for b in trees:
+            kept[self.start[b] + 1 : self.start[b + 1]] = False
+        return self.keep(kept)
+
     def select(self, trees: Sequence[int]) -> DraftForest:
         """The forest of these trees, in this order, over the same laws."""
         nodes = np.concatenate([np.arange(self.start[b], self.start[b + 1]) for b in trees])

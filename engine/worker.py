@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 
 from engine import cost_store, deterministic, device_rules, registry
-from engine.broadcast import CHECK_STEPS, Drop, Ruling, Step, Trees, digest, tell
+from engine.broadcast import CHECK_STEPS, Again, Drop, Ruling, Step, Trees, digest, tell
 from engine.config import EngineConfig
 from engine.corruption import NOT_FINITE, row_sums, unsound
 from engine.draft_runner import DraftRunner, make_runner
@@ -109,6 +109,7 @@ class Worker:
         self.policy: Policy = registry.make_policy("fixed")
         self.drafting = Drafting(drafters, shape.vocab_size)
         self.seqs: dict[int, Sequence] = {}
+        self._undrafted: set[int] = set()  # a draft of theirs made NaN, and another one might in every step
         self.info = EngineInfo(
             model=config.model,
             architecture=shape.architecture,
@@ -192,7 +193,8 @@ class Worker:
         judged, trees = judged_rows(plan, seqs)
         tree_seqs = [seqs[i] for i in judged]
         load = self._load(plan, seqs, tree_seqs)
-        forest = self.drafting.draft(tree_seqs, [plan.rows[i].budget for i in judged], self.policy, load)
+        budgets = [0 if row.seq_id in self._undrafted else row.budget for row in (plan.rows[i] for i in judged)]
+        forest = self.drafting.draft(tree_seqs, budgets, self.policy, load)
         draft_seconds = self.drafting.take_seconds()
         load = replace(load, draft_seconds=sum(draft_seconds.values()))
         choice = self.policy.trim(forest, tree_seqs, load)
@@ -203,15 +205,25 @@ class Worker:
         self._tell_step(plan, forest)
         clock.append(time.perf_counter())
 
-        batch, hidden, layers, logits = self.feed(plan, seqs, forest, trees)
-        sums = row_sums(hidden, batch)  # read when the verdict has waited for the device anyway
-        clock.append(time.perf_counter())
+        while True:
+            batch, hidden, layers, logits = self.feed(plan, seqs, forest, trees)
+            sums = row_sums(hidden, batch)  # read when the verdict has waited for the device anyway
+            clock[2:] = [time.perf_counter()]
 
-        scores = self.target_law(logits, tree_seqs, forest)
-        clock.append(time.perf_counter())
-        signals = self._signals(logits, layers, scores, batch.num_tokens)  # first: the verdict finds its best tokens in these
-        verdict = self.verification.verify(forest, scores, tree_seqs)
-        corrupted = unsound(sums, batch)
+            scores = self.target_law(logits, tree_seqs, forest)
+            clock.append(time.perf_counter())
+            signals = self._signals(logits, layers, scores, batch.num_tokens)  # first: the verdict finds its best tokens in these
+            verdict = self.verification.verify(forest, scores, tree_seqs)
+            corrupted = unsound(sums, batch)
+            doubtful = [trees[i] for i in corrupted if trees[i] >= 0 and forest.size(trees[i]) > 1]
+            if not doubtful:
+                break
+            # A zero weight times a draft's NaN is NaN: the draft may be all that is wrong, and may not show in the answer.
+            tell(self.group, Again(doubtful))
+            choice.dropped = [n + (forest.size(b) - 1 if b in doubtful else 0) for b, n in enumerate(choice.dropped)]
+            self.drafting.fell_back("not_finite")
+            self._undrafted |= {tree_seqs[b].seq_id for b in doubtful}
+            forest = choice.forest = self.undraft(plan, seqs, judged, forest, doubtful)
         for i in corrupted:
             if trees[i] >= 0:
                 verdict.void(trees[i])
@@ -245,6 +257,7 @@ class Worker:
     def drop(self, seq_ids: list[int]) -> None:
         """Forget sequences that no plan will remove."""
         tell(self.group, Drop(seq_ids))
+        self._undrafted.difference_update(seq_ids)
         for seq_id in seq_ids:
             self.seqs.pop(seq_id, None)
 
@@ -256,6 +269,7 @@ class Worker:
 
     def apply(self, plan: StepPlan) -> list[Sequence]:
         """Bring the mirror up to the plan; returns the plan's sequences in row order."""
+        self._undrafted.difference_update(plan.removed)
         for seq_id in plan.removed:
             if self.seqs.pop(seq_id, None) is not None:
                 self.drafting.forget(seq_id)
@@ -282,6 +296,18 @@ class Worker:
         batch = ForwardBatch.build(seqs, plan.rows, forest, trees, block_size, self.device, scratch)
         hidden, layers = self.runner.forward(batch, self.drafting.needs.hidden_layers)
         return batch, hidden, layers, self.runner.node_logits(hidden, batch)
+
+    def undraft(
+        self, plan: StepPlan, seqs: list[Sequence], judged: list[int], forest: DraftForest, doubtful: list[int]
+    ) -> DraftForest:
+        """The forest with these trees cut down to their roots, to be fed once more: all that their rows stored is zeroed."""
+        slots = []
+        for tree in doubtful:
+            seq, row = seqs[judged[tree]], plan.rows[judged[tree]]
+            last = row.num_computed + row.num_new + forest.size(tree) - 1
+            slots += [self.kv.slot(seq, position) for position in range(row.num_computed, last)]
+        self.kv.clear_slots(slots)
+        return forest.without_drafts(doubtful)
 
     def settle(
         self,

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from engine.corruption import NOT_FINITE
 from engine.engine import Engine
+from engine.executors.multiproc import MultiprocExecutor
 from engine.request import Request
+from engine.sequence import Sequence
+from engine.tree import DraftForest
 from engine.worker import Worker
 from tests.engine.models import tiny
-from tests.engine.real import answers, load_worker, make_engine, request
+from tests.engine.pairs import engine_config
+from tests.engine.real import OracleDrafter, answers, load_worker, make_engine, request
 
 NAN = 90  # the token whose embedding is NaN
 BLOCK = 8
@@ -22,6 +29,33 @@ def write_model(folder: Path) -> Path:
     made = tiny.model(tiny.config("Llama", tie_word_embeddings=False))
     made.model.embed_tokens.weight[NAN] = float("nan")
     return tiny.save(made, folder)
+
+
+class NaNDrafter(OracleDrafter):
+    """The truth, and from the `after`th token of the output on, as the last node of a chain, the token."""
+
+    name = "nan"
+    after = 0
+
+    def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+        chains = [self.chain(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
+        return DraftForest.from_chains([seq.tokens[-1] for seq in seqs], chains, [self.name] * len(seqs))
+
+    def chain(self, seq: Sequence, budget: int) -> list[int]:
+        truth = self.known[seq.request.request_id, seq.sample_index][seq.num_output :]
+        return [*truth[: budget - 1], NAN if seq.num_output >= self.after else truth[-1]] if budget else []
+
+
+class BranchingNaNDrafter(NaNDrafter):
+    """The token, and beside it the truth."""
+
+    def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+        trees = []
+        for seq, budget in zip(seqs, budgets, strict=True):
+            *path, last = self.chain(seq, budget) or [0]
+            nodes = [last, *path][:budget]
+            trees.append(([seq.tokens[-1], *nodes], [-1, 0, 0, *range(2, 9)][: 1 + len(nodes)]))
+        return DraftForest.from_parents(trees, [self.name] * len(trees))
 
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
@@ -108,3 +142,98 @@ def test_blocks_of_a_preempted_sequence_are_no_longer_its_own(clean: Worker) -> 
     assert is_finite(clean)
     engine.abort("low")
     assert tokens(engine, healthy()) == expected
+
+
+@pytest.mark.parametrize("kind", [NaNDrafter, BranchingNaNDrafter])
+@pytest.mark.parametrize("after", [0, 3])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_draft_that_makes_nan_changes_no_answer(clean: Worker, kind: type[NaNDrafter], after: int, count: int) -> None:
+    """In the step that ends the prompt, and in a later one."""
+    expected = tokens(make_engine(clean), healthy(count))
+    assert len(expected) == count
+    drafter = kind(clean.info.vocab_size, expected)
+    drafter.after = after
+    engine = make_engine(clean, [drafter], budget=4)
+    assert tokens(engine, healthy(count)) == expected
+    stats = engine.stats()
+    assert stats.corrupted_requests == 0
+    assert stats.drafter_fallbacks == {"not_finite": 1}, "whose draft made NaN gets no other"
+    assert (stats.num_accepted_tokens > 0) == (after > 0)
+    assert is_finite(clean)
+
+
+def test_the_drafts_of_others_stand(clean: Worker) -> None:
+    """One sequence's draft makes NaN, and the others take as few steps as they would without it."""
+    expected = tokens(make_engine(clean), healthy(3))
+
+    class OneInThree(NaNDrafter):
+        def chain(self, seq: Sequence, budget: int) -> list[int]:
+            chain = super().chain(seq, budget)
+            return chain if seq.request.request_id == "ok0" else [*chain[:-1], 7]
+
+    engine = make_engine(clean, [OneInThree(clean.info.vocab_size, expected)], budget=4)
+    found = answers(engine, healthy(3))
+    assert {key: answer.tokens for key, answer in found.items()} == expected
+    accepted = {name: answer.usage.accepted_tokens for (name, _), answer in found.items() if answer.usage is not None}
+    assert accepted["ok0"] == 0
+    assert accepted["ok1"] >= 6 and accepted["ok2"] >= 6
+
+
+def test_a_prediction_may_name_the_token(clean: Worker) -> None:
+    (one,) = healthy()
+    (truth,) = tokens(make_engine(clean), [one]).values()
+    one = msgspec.structs.replace(one, prediction_ids=[*truth[:2], *[NAN] * 5])
+    assert tokens(make_engine(clean, ["prediction"]), [one]) == {("ok0", 0): truth}
+    assert is_finite(clean)
+
+
+def test_the_answer_itself_may_be_the_token(clean: Worker) -> None:
+    """The target says it, and then has nothing to say: drafted or not, it is what the client has got before the error."""
+    one = request("one", [10, 11], max_tokens=8, temperature=0.0, allowed_token_ids=[NAN])
+    plain = answers(make_engine(clean), [one])["one", 0]
+    assert (plain.tokens, plain.finish_reason) == ([NAN], "error")
+    drafter = NaNDrafter(clean.info.vocab_size, {("one", 0): []})
+    drafted = answers(make_engine(clean, [drafter], budget=1), [one])["one", 0]
+    assert (drafted.tokens, drafted.finish_reason) == (plain.tokens, plain.finish_reason)
+    assert is_finite(clean)
+
+
+def test_the_cpus_own_kernels(tmp_path: Path) -> None:
+    made = tiny.model(tiny.config("Llama", tie_word_embeddings=False, hidden_size=256, intermediate_size=256, head_dim=64))
+    made.model.embed_tokens.weight[NAN] = float("nan")
+    worker = load_worker(tiny.save(made, tmp_path), "bfloat16", block_size=BLOCK)
+    if worker.info.backend != "native":
+        pytest.skip("this CPU has none")
+    expected = tokens(make_engine(worker), healthy(3))
+    drafter = NaNDrafter(worker.info.vocab_size, expected)
+    assert tokens(make_engine(worker, [drafter], budget=4), [bad(), *healthy(3)]) == expected
+    assert is_finite(worker)
+
+
+def test_the_gpus_kernels(tmp_path: Path) -> None:
+    """Interpreted. Their weights of hidden keys are zeros, too."""
+    worker = load_worker(write_model(tmp_path), block_size=BLOCK, attention_backend="triton")
+    asked = [request("ok0", list(range(10, 18)), max_tokens=3, temperature=0.0, ignore_eos=True)]
+    expected = tokens(make_engine(worker), asked)
+    engine = make_engine(worker, [NaNDrafter(worker.info.vocab_size, expected)], budget=2)
+    assert tokens(engine, asked) == expected
+    assert engine.stats().drafter_fallbacks == {"not_finite": 1}
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """Rank 0 of two."""
+    folder = write_model(tmp_path_factory.mktemp("nan"))
+    executor = MultiprocExecutor(engine_config(folder, tensor_parallel_size=2))
+    yield executor._worker
+    executor.close()
+
+
+def test_two_ranks_agree_on_what_is_corrupted(ranks: Worker) -> None:
+    """NaN that the other rank had kept would come back in the first sum over both."""
+    expected = tokens(make_engine(ranks), healthy(4))
+    engine = make_engine(ranks, [NaNDrafter(ranks.info.vocab_size, expected)], budget=4, max_num_batched_tokens=32)
+    for _ in range(3):
+        assert tokens(engine, [bad(60), *healthy(4)]) == expected
+    assert engine.stats().corrupted_requests == 3
+    assert engine.stats().drafter_fallbacks["not_finite"] > 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -261,6 +262,33 @@ def test_a_whole_engine_gives_the_same_answers(worker: Worker, graphs: Graphs, r
         found = answers(make_engine(worker, drafters, budget=BUDGET, num_blocks=40), REQUESTS)
         assert {key: answer.tokens for key, answer in found.items()} == known
         assert recorder.replayed >= before + 2
+
+
+def test_a_step_that_is_fed_again_without_its_drafts_is_recorded_too(
+    worker: Worker, graphs: Graphs, recorder: Again, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A draft makes NaN: the hidden states that the second run overwrites are nobody's any more."""
+    one = request("one", [5, 6, 7, 5, 6], max_tokens=6, temperature=0.0, ignore_eos=True)
+    known = {("one", 0): answers(make_engine(worker), [one])["one", 0].tokens}
+    bad = next(token for token in range(10, 90) if token not in known["one", 0])
+    model = worker.runner.model
+    assert isinstance(model, Decoder) and isinstance(model.embedding, torch.Tensor)
+    embedding = model.embedding.clone()
+    embedding[bad] = torch.nan
+    monkeypatch.setattr(model, "embedding", embedding)
+
+    class Bad(OracleDrafter):
+        def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+            (seq,), (budget,) = seqs, budgets
+            chain = [*self.known["one", 0][seq.num_output :][: budget - 1], bad]
+            return DraftForest.from_chains([seq.tokens[-1]], [chain], ["oracle"])
+
+    before = recorder.replayed
+    engine = make_engine(worker, [Bad(worker.info.vocab_size, known)], budget=3)
+    assert answers(engine, [one])["one", 0].tokens == known["one", 0]
+    assert engine.stats().drafter_fallbacks == {"not_finite": 1}
+    assert recorder.replayed == before + 1 + 6
+    assert worker.kv.kv.isfinite().all()
 
 
 @pytest.mark.parametrize(
