@@ -15,6 +15,10 @@ from torch import Tensor, float32
 from engine.models.batch import ForwardBatch
 
 NOT_FINITE = "the model produced logits that are not finite for this request"
+NOTHING_ALLOWED = (
+    "the request's parameters leave no token to choose at this point of the answer: "
+    "together allowed_token_ids, bad_words, min_tokens, logit_bias and the penalties rule out all of them"
+)
 
 
 def row_sums(hidden: Tensor, batch: ForwardBatch) -> Tensor:

@@ -52,6 +52,7 @@ class TokenDelta(msgspec.Struct, omit_defaults=True, kw_only=True):
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None  # with finish_reason "error": what went wrong, fit for the client
+    invalid: bool = False  # with an error: it is the request's own
     usage: SequenceUsage | None = None
 
 

@@ -48,6 +48,7 @@ class RowResult(msgspec.Struct):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None  # of prompt positions num_computed+1 ... num_computed+num_new
     error: str | None = None
+    invalid: bool = False  # with an error: the request contradicts itself, and what it computed is sound
     depth: int = 0  # of the deepest draft node
     num_dropped: int = 0  # drafted nodes that the budget dropped before the target saw them
     drafted_by: dict[str, int] = {}  # draft nodes by drafter, where trees were fused; else all are `drafter`'s

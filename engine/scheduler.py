@@ -369,7 +369,7 @@ class Scheduler:
     def _apply(self, entry: Entry, row: Row, gained: RowResult) -> TokenDelta | None:
         seq, tokens = entry.seq, gained.token_ids
         if gained.error is not None and gained.seq_id == row.seq_id:
-            return self._fail(entry, gained.error)
+            return self._fail(entry, gained.error, gained.invalid)
         reached_root = row.num_new == seq.num_uncomputed
         if gained.seq_id != row.seq_id or bool(tokens) != reached_root or gained.num_accepted > row.budget:
             raise RuntimeError(f"sequence {seq.seq_id}: {gained} does not answer {row}")
@@ -408,13 +408,19 @@ class Scheduler:
             delta.usage = usage
         return delta
 
-    def _fail(self, entry: Entry, error: str) -> TokenDelta:
-        """End one sequence with an error. Nobody shall start from what it computed."""
+    def _fail(self, entry: Entry, error: str, invalid: bool) -> TokenDelta:
+        """End one sequence with an error. Nobody shall start from what it computed, if it is not the request that is wrong."""
         seq = entry.seq
-        self.recorder.totals.corrupted_requests += 1
-        self.pool.unpublish(seq.block_ids)
+        if not invalid:
+            self.recorder.totals.corrupted_requests += 1
+            self.pool.unpublish(seq.block_ids)
         seq.finish_reason = "error"
         self._remove(entry)
         return TokenDelta(
-            request_id=seq.request.request_id, index=seq.sample_index, finish_reason="error", error=error, usage=entry.usage
+            request_id=seq.request.request_id,
+            index=seq.sample_index,
+            finish_reason="error",
+            error=error,
+            invalid=invalid,
+            usage=entry.usage,
         )

@@ -19,7 +19,7 @@ import torch
 from engine import cost_store, deterministic, device_rules, registry
 from engine.broadcast import CHECK_STEPS, Again, Drop, Ruling, Step, Trees, digest, tell
 from engine.config import EngineConfig
-from engine.corruption import NOT_FINITE, row_sums, unsound
+from engine.corruption import NOT_FINITE, NOTHING_ALLOWED, is_usable, row_sums, unsound
 from engine.draft_runner import DraftRunner, make_runner
 from engine.drafting import Drafting
 from engine.logprobs import token_logprobs
@@ -227,7 +227,9 @@ class Worker:
         for i in corrupted:
             if trees[i] >= 0:
                 verdict.void(trees[i])
-        corrupted += [i for i, tokens in zip(judged, verdict.tokens, strict=True) if not tokens and i not in corrupted]
+        mute = [i for i, tokens in zip(judged, verdict.tokens, strict=True) if not tokens and i not in corrupted]
+        invalid = [i for i in mute if is_usable(logits[int(forest.start[trees[i]])])]  # the model had something to say
+        corrupted += [i for i in mute if i not in invalid]
         tell(self.group, Ruling(verdict.nodes, verdict.tokens, corrupted))
         clock.append(time.perf_counter())
 
@@ -237,6 +239,8 @@ class Worker:
         results = self._results(plan, seqs, trees, choice, verdict, logits)
         for i in corrupted:
             results[i].error = NOT_FINITE
+        for i in invalid:
+            results[i].error, results[i].invalid = NOTHING_ALLOWED, True
         self._prompt_logprobs(plan, seqs, batch, hidden, results)
         self.advance(seqs, plan.rows, [result.token_ids for result in results])
         clock.append(time.perf_counter())

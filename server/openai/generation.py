@@ -11,7 +11,7 @@ from engine.messages import TokenDelta, TokenLogprobs
 from engine.request import Request
 from server.client import EngineDead
 from server.openai.choice import Choice, Fragment, TextRules
-from server.openai.errors import ApiError, internal, unavailable
+from server.openai.errors import ApiError, internal, invalid, unavailable
 from server.openai.merge import merge
 from server.openai.timing import Timing
 
@@ -36,7 +36,8 @@ class Generation:
         return all(choice.finish_reason for choice in self.choices)
 
     async def fragments(self) -> AsyncGenerator[Fragment]:
-        """Every choice's text in order, choices interleaved. Raises ApiError 500 or 503 when the engine fails."""
+        """Every choice's text in order, choices interleaved. Raises ApiError 500 or 503 when the engine fails, 400 where
+        the request leaves nothing to say."""
         reason = "abort"
         self._count_start()
         try:
@@ -126,4 +127,6 @@ class Generation:
 def _failure(delta: TokenDelta) -> ApiError:
     if delta.finish_reason == "abort":
         return unavailable("The engine gave up the request; send it again.", "request_aborted")
+    if delta.invalid:
+        return invalid(delta.error or "The request contradicts itself.", None)
     return internal(delta.error or "The engine failed on this request.", "engine_error")

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 import torch
 
-from engine.corruption import NOT_FINITE
+from engine.corruption import NOT_FINITE, NOTHING_ALLOWED
 from engine.engine import Engine
 from engine.executors.multiproc import MultiprocExecutor
 from engine.request import Request
@@ -196,6 +196,32 @@ def test_the_answer_itself_may_be_the_token(clean: Worker) -> None:
     drafted = answers(make_engine(clean, [drafter], budget=1), [one])["one", 0]
     assert (drafted.tokens, drafted.finish_reason) == (plain.tokens, plain.finish_reason)
     assert is_finite(clean)
+
+
+CONTRADICTIONS = {
+    "at once": ({"allowed_token_ids": [2], "min_tokens": 3}, 0),
+    "later": ({"allowed_token_ids": [7, 8], "bad_words": [[7, 7], [7, 8], [8, 7], [8, 8]]}, 1),
+}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_a_request_that_allows_no_token_leaves_the_cache_alone(clean: Worker, name: str, temperature: float) -> None:
+    params, said = CONTRADICTIONS[name]
+    prompt = [5 + i * 7 % 80 for i in range(40)]
+    engine = make_engine(clean, ["ngram"])
+    ask = request("ask", [*prompt, 50], max_tokens=4, temperature=0.0, ignore_eos=True)
+    before = answers(engine, [ask])["ask", 0]
+    engine.add(request("odd", [*prompt, 51], max_tokens=6, temperature=temperature, **params))
+    deltas = []
+    while engine.has_work():
+        deltas += engine.step()
+    assert sum(len(delta.token_ids) for delta in deltas) == said
+    assert (deltas[-1].finish_reason, deltas[-1].error, deltas[-1].invalid) == ("error", NOTHING_ALLOWED, True)
+    assert engine.stats().corrupted_requests == 0
+    after = answers(engine, [ask])["ask", 0]
+    assert after.tokens == before.tokens
+    assert after.usage is not None and after.usage.cached_tokens == 40
 
 
 def test_the_cpus_own_kernels(tmp_path: Path) -> None:

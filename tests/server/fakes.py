@@ -64,6 +64,7 @@ class FakeEngineClient:
         self.gate: asyncio.Semaphore | None = None
         self.die_after: int | None = None
         self.fail_after: int | None = None
+        self.fails_invalid = False  # by the request's own fault
         self.requests: list[Request] = []
         self.aborted: list[str] = []
         self.running: set[str] = set()
@@ -131,7 +132,8 @@ class FakeEngineClient:
             return TokenDelta(request_id=request.request_id, index=seq.sample_index, finish_reason="abort")
         if self.fail_after is not None and step >= self.fail_after and seq.sample_index == 0:
             seq.finish_reason = "error"
-            return TokenDelta(request_id=request.request_id, finish_reason="error", error="the logits held NaN")
+            error = "no token is left" if self.fails_invalid else "the logits held NaN"
+            return TokenDelta(request_id=request.request_id, finish_reason="error", error=error, invalid=self.fails_invalid)
         return self._step(seq, list(islice(script, self.tokens_per_step)))
 
     def _step(self, seq: Sequence, tokens: list[int]) -> TokenDelta:

@@ -140,6 +140,15 @@ async def test_the_engine_fails_on_one_request(api: Api) -> None:
     assert api.engine.num_inflight == 0
 
 
+async def test_a_request_that_leaves_nothing_to_say_is_told_that_it_is_wrong(api: Api) -> None:
+    api.engine.fail_after, api.engine.fails_invalid = 1, True
+    assert error(await api.chat(), 400, "invalid_value")["message"] == "no token is left"
+    response = await api.chat(stream=True)
+    assert last_event(response.text)["error"]["code"] == "invalid_value"  # type: ignore[index]
+    error(await api.complete(prompt=["a", "b"]), 400, "invalid_value")
+    assert api.engine.num_inflight == 0
+
+
 async def test_a_bug_is_a_500_that_tells_nothing(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     def bug(*_: object) -> None:
         raise RuntimeError("secret detail")
