@@ -1,8 +1,8 @@
 """Who a step has shown to be corrupted: rows of a model that are not finite, and sequences that cannot go on because of them.
 
 A row whose keys or values hold NaN has NaN in its last hidden state too: it attends to itself, and what is added to it stays.
-So one sum per row finds what must not stay in the KV cache, prompt chunks that nobody judges among it. On one core of a CPU it
-takes 7 us for a decoding step of 576 wide rows, and 20 us (bf16: 55) for 512 of them.
+So one sum per row finds what must not stay in the KV cache, prompt chunks that nobody judges among it. SmolLM2-135M, bf16, one
+busy core: 0.1 ms of a decoding step of 60 ms and 0.2 ms of a prompt chunk of 2.8 s (alone in a loop 7 us: it is cold code).
 """
 
 from __future__ import annotations

@@ -118,6 +118,14 @@ def test_a_chunk_of_a_prompt_ends_its_request_at_once(clean: Worker) -> None:
     assert tokens(engine, healthy(4)) == expected
 
 
+def test_prompt_logprobs_of_a_prompt_that_makes_nan(clean: Worker) -> None:
+    """Their rows are not finite either, and all ranks compute them before anybody knows."""
+    engine = make_engine(clean, max_num_batched_tokens=16)
+    one = request("bad", [5, 6, NAN, *[3] * 40], max_tokens=5, prompt_logprobs=2)
+    assert answers(engine, [one])["bad", 0].finish_reason == "error"
+    assert is_finite(clean)
+
+
 def test_a_step_of_chunks_only_blames_the_right_one(clean: Worker) -> None:
     engine = make_engine(clean, max_num_batched_tokens=64)
     for one in (request("long", [7] * 40, max_tokens=4, ignore_eos=True), bad(60)):

@@ -297,6 +297,8 @@ def test_a_preempted_sequence_comes_back_with_its_whole_table_and_is_not_introdu
     resets = [row for plan in bench.executor.plans for row in plan.rows if row.reset]
     assert len(resets) == 3 + bench.engine.stats().preemptions
     assert len(resets) > 3
+    preempted = [seq_id for plan in bench.executor.plans for seq_id in plan.preempted]
+    assert sorted(preempted) == sorted(row.seq_id for row in resets[3:]), "whoever comes back was said to have gone"
 
 
 def test_a_preempted_sequence_finds_what_is_left_of_it() -> None:
