@@ -246,6 +246,7 @@ def test_the_cpus_own_kernels(tmp_path: Path) -> None:
 
 def test_the_gpus_kernels(tmp_path: Path) -> None:
     """Interpreted. Their weights of hidden keys are zeros, too."""
+    pytest.importorskip("triton")
     worker = load_worker(write_model(tmp_path), block_size=BLOCK, attention_backend="triton")
     asked = [request("ok0", list(range(10, 18)), max_tokens=3, temperature=0.0, ignore_eos=True)]
     expected = tokens(make_engine(worker), asked)
