@@ -7,10 +7,11 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.fusion import Tree, forest_of, fuse
-from engine.protocols import NO_SIGNALS, CatchesUp, Drafter, Load, Observed, Policy, Siblings, Signals
+from engine.protocols import NO_SIGNALS, CatchesUp, Drafter, Load, Observed, Policy, Reads, Siblings, Signals
 from engine.resting import Bench
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
@@ -90,14 +91,14 @@ class Drafting:
 
     def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
         for drafter in self.drafters:
-            if self._benches[id(drafter)].sits(self._clock(), observing=True):
-                continue
-            started = self._clock()
-            try:
-                drafter.observe(seqs, forest, verdict, signals)
-            except Exception:
-                self._raised(drafter)
-            self._took(drafter, self._clock() - started, observing=True)
+            self._tell(drafter, partial(drafter.observe, seqs, forest, verdict, signals))
+
+    def read(self, seqs: Seq[Sequence]) -> None:
+        """Sequences whose prompts are still being computed: who reads prompts has read them when there is something to draft."""
+        for drafter in self.drafters:
+            wanted = [seq for seq in seqs if not seq.request.speculation.off and _limit(drafter, seq, 1)]
+            if wanted and isinstance(drafter, Reads):
+                self._tell(drafter, partial(drafter.read, wanted))
 
     def forget(self, seq_id: int) -> None:
         for drafter in self.drafters:
@@ -152,6 +153,16 @@ class Drafting:
             return None
         forest.estimate = policy.estimate(drafter.name, seqs, forest)
         return forest
+
+    def _tell(self, drafter: Drafter, tell: Callable[[], None]) -> None:
+        if self._benches[id(drafter)].sits(self._clock(), observing=True):
+            return
+        started = self._clock()
+        try:
+            tell()
+        except Exception:
+            self._raised(drafter)
+        self._took(drafter, self._clock() - started, observing=True)
 
     def _took(self, drafter: Drafter, seconds: float, *, observing: bool = False) -> bool:
         """Whether that was too long; if so the drafter rests."""

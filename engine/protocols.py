@@ -92,6 +92,15 @@ class CatchesUp(Protocol):
         ...
 
 
+@runtime_checkable
+class Reads(Protocol):
+    """A drafter that reads prompts, in portions (engine/reading.py): it may begin before there is anything to draft."""
+
+    def read(self, seqs: Seq[Sequence]) -> None:
+        """Read on in these; called in every step for the sequences whose prompt is still being computed."""
+        ...
+
+
 class Verifier(Protocol):
     """Decides which draft nodes stand. `scores` is what `target_law` made of the logits, one row per node.
 

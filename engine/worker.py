@@ -236,6 +236,7 @@ class Worker:
         self.policy.learn(tree_seqs, forest, verdict)
         self.settle(plan, seqs, judged, forest, verdict, corrupted)
         self.drafting.observe(tree_seqs, forest, verdict, signals)
+        self.drafting.read([seq for seq, tree in zip(seqs, trees, strict=True) if tree < 0])
         results = self._results(plan, seqs, trees, choice, verdict, logits)
         for i in corrupted:
             results[i].error = NOT_FINITE

@@ -28,6 +28,7 @@ from collections.abc import Sequence as Seq
 
 from engine.growth import NO_BRANCHES, Branches, forest_of, grow
 from engine.protocols import NO_SIGNALS, Observed, Siblings
+from engine.reading import read_on
 from engine.sequence import Sequence
 from engine.shared_state import Generations, SaltedStore
 from engine.tree import DraftForest, Verdict
@@ -54,7 +55,7 @@ class AdedDrafter:
             raise ValueError(f"aded needs 0 <= fade <= 1, doubt >= 0 and 0 <= least <= 1, not {fade}, {doubt} and {least}")
         self.fade, self.doubt, self.least = fade, doubt, least
         self._maps: SaltedStore[Generations[int, Successors]] = SaltedStore(_generations, memory_bytes)
-        self._read: dict[int, tuple[Sequence, int]] = {}  # by sequence: how many of its tokens were learned
+        self._lessons: dict[int, _Lesson] = {}  # by sequence
 
     @property
     def num_bytes(self) -> int:
@@ -62,22 +63,26 @@ class AdedDrafter:
         return self._maps.num_bytes
 
     def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+        self.read([seq for seq, budget in zip(seqs, budgets, strict=True) if budget > 0])
         trees = [self._tree(seq, budget) if budget > 0 else NO_BRANCHES for seq, budget in zip(seqs, budgets, strict=True)]
         return forest_of([seq.tokens[-1] for seq in seqs], trees, self.name)
 
     def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
         """Take in what was committed up to now; this step's own tokens are learned when they have been."""
+        self.read(seqs)
+
+    def read(self, seqs: Seq[Sequence]) -> None:
         for seq in seqs:
-            self._learn(seq)
+            if seq.seq_id not in self._lessons:
+                self._lessons[seq.seq_id] = _Lesson(seq, self._maps, self.fade)
+        read_on((self._lessons[seq.seq_id], seq) for seq in seqs)
 
     def forget(self, seq_id: int) -> None:
-        known = self._read.get(seq_id)
-        if known is not None:
-            self._learn(known[0])  # what the last step committed
-            del self._read[seq_id]
+        lesson = self._lessons.pop(seq_id, None)
+        if lesson is not None:
+            read_on([(lesson, lesson.seq)])  # what the last step committed
 
     def _tree(self, seq: Sequence, budget: int) -> Branches:
-        self._learn(seq)
         if seq.num_tokens < 2:
             return NO_BRANCHES
         map_ = self._maps.get(seq.request.cache_salt)
@@ -92,27 +97,32 @@ class AdedDrafter:
 
         return grow((seq.tokens[-2], seq.tokens[-1]), children, budget, self.least)
 
-    def _learn(self, seq: Sequence) -> None:
-        read = self._read.get(seq.seq_id, (seq, 0))[1]
-        tokens, salt = seq.tokens, seq.request.cache_salt
-        if read == len(tokens):
-            return
+
+class _Lesson:
+    """What one sequence teaches the map of its salt, in the order of its text."""
+
+    def __init__(self, seq: Sequence, maps: SaltedStore[Generations[int, Successors]], fade: float) -> None:
+        self.seq, self.num_read = seq, 0
+        self._maps, self._fade = maps, fade
+
+    def read(self, tokens: list[int], end: int) -> None:
+        salt = self.seq.request.cache_salt
         map_ = self._maps.get(salt)
-        for end in range(max(2, read), len(tokens)):
-            key = _key(tokens[end - 2], tokens[end - 1])
+        for place in range(max(2, self.num_read), end):
+            key = _key(tokens[place - 2], tokens[place - 1])
             successors = map_.find(key) or {}
             known = len(successors)
-            self._boost(successors, tokens[end])
+            self._boost(successors, tokens[place])
             if map_.put(key, successors):
                 known = 1
             map_.charge(SUCCESSOR_BYTES * (len(successors) - known))
-        self._read[seq.seq_id] = seq, len(tokens)
+        self.num_read = end
         self._maps.settle(salt)
 
     def _boost(self, successors: Successors, token: int) -> None:
         for other in successors:
             if other != token:
-                successors[other] *= self.fade
+                successors[other] *= self._fade
         successors[token] = min(successors.get(token, 0.0) + 1, MOST_WEIGHT)
         if len(successors) > MOST_SUCCESSORS:
             del successors[min(successors, key=lambda other: successors[other])]

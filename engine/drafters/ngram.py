@@ -4,7 +4,7 @@ Prompt lookup (github.com/apoorvumang/prompt-lookup-decoding; vLLM documents it 
 are looked up in the prompt and the output so far, and the draft is the chain that followed them there. Here the longest match
 wins, of equally long ones the most recent, and a continuation that runs into the end of the text goes on with itself,
 so that a repetition is followed as far as the budget reaches. The longer the match the further it is trusted. An index per
-sequence makes a step cost its new tokens, whatever the length of the context.
+sequence makes a step cost its new tokens, whatever the length of the context; until a long prompt is read there is no guess.
 
 Replayed on SmolLM2-135M's own answers to 29 prompts of Spec-Bench and HumanEval (7,380 tokens in all), budget 8:
 
@@ -24,6 +24,7 @@ from collections.abc import Sequence as Seq
 import numpy as np
 
 from engine.protocols import NO_SIGNALS, Observed, Siblings
+from engine.reading import is_read, read_on
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
 
@@ -45,6 +46,7 @@ class NgramDrafter:
         self._indices: dict[int, _Index] = {}
 
     def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+        self.read([seq for seq, budget in zip(seqs, budgets, strict=True) if budget > 0])
         found = [self._chain(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
         chains = [chain for chain, _ in found]
         forest = DraftForest.from_chains([seq.tokens[-1] for seq in seqs], chains, [self.name] * len(chains))
@@ -55,6 +57,12 @@ class NgramDrafter:
     def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
         """The committed tokens are all it learns from; `draft` reads them."""
 
+    def read(self, seqs: Seq[Sequence]) -> None:
+        for seq in seqs:
+            if seq.seq_id not in self._indices:
+                self._indices[seq.seq_id] = _Index(self.min_n)
+        read_on((self._indices[seq.seq_id], seq) for seq in seqs)
+
     def forget(self, seq_id: int) -> None:
         self._indices.pop(seq_id, None)
 
@@ -62,10 +70,9 @@ class NgramDrafter:
         """What followed, and how many tokens matched."""
         if budget < 1:
             return [], 0
-        index = self._indices.get(seq.seq_id)
-        if index is None:
-            index = self._indices[seq.seq_id] = _Index(self.min_n)
-        index.read(seq.tokens)
+        index = self._indices[seq.seq_id]
+        if not is_read(index, seq):
+            return [], 0
         start, matched = index.longest(seq.tokens, self.max_n)
         if not matched:
             return [], 0
@@ -93,16 +100,20 @@ class _Index:
         self._last: dict[tuple[int, ...], int] = {}  # n-gram -> the latest position right behind it
         self._before: list[int] = []  # position -> the position behind the same n-gram's previous occurrence, or -1
 
-    def read(self, tokens: list[int]) -> None:
-        """Take in the n-grams that end before the last token; the one that ends there is what will be looked up."""
+    @property
+    def num_read(self) -> int:
+        return len(self._before)
+
+    def read(self, tokens: list[int], end: int) -> None:
+        """Take in the n-grams that end before tokens[end - 1]; the one that ends there is what may be looked up."""
         n, last, before = self.n, self._last, self._before
-        for end in range(len(before), len(tokens)):
-            if end < n:
+        for place in range(len(before), end):
+            if place < n:
                 before.append(-1)
                 continue
-            gram = tuple(tokens[end - n : end])
+            gram = tuple(tokens[place - n : place])
             before.append(last.get(gram, -1))
-            last[gram] = end
+            last[gram] = place
 
     def longest(self, tokens: list[int], max_n: int) -> tuple[int, int]:
         """Where the earlier occurrence ends that shares the most last tokens (the latest of several), and how many, up to max_n.

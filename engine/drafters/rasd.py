@@ -28,6 +28,7 @@ from engine.continuations import Ids, Weights, most_frequent
 from engine.datastore import Datastore
 from engine.growth import NO_BRANCHES, Branches, forest_of
 from engine.protocols import Observed, Siblings, Signals
+from engine.reading import is_read, read_on
 from engine.sequence import Sequence
 from engine.shared_state import Generations, SaltedStore
 from engine.tree import DraftForest, Verdict
@@ -77,6 +78,7 @@ class RasdDrafter:
         self._own: dict[int, _OwnText] = {}
 
     def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+        self.read([seq for seq, budget in zip(seqs, budgets, strict=True) if budget > 0])
         branches = [self._branches(seq, budget) for seq, budget in zip(seqs, budgets, strict=True)]
         return forest_of([seq.tokens[-1] for seq in seqs], branches, self.name)
 
@@ -93,6 +95,12 @@ class RasdDrafter:
                 before = tokens[first + parents[row]] if row > first else (seq.tokens[-2] if seq.num_tokens > 1 else -1)
                 kept.put((before, tokens[row]), tuple(preferred[row]))
             self._preferred.settle(salt)
+
+    def read(self, seqs: Seq[Sequence]) -> None:
+        for seq in seqs:
+            if seq.seq_id not in self._own:
+                self._own[seq.seq_id] = _OwnText(self.shortest)
+        read_on((self._own[seq.seq_id], seq) for seq in seqs)
 
     def forget(self, seq_id: int) -> None:
         self._own.pop(seq_id, None)
@@ -118,11 +126,9 @@ class RasdDrafter:
         return rows, self._weigh(len(rows), found.length)
 
     def _repeated(self, seq: Sequence) -> tuple[Ids, Weights]:
-        """What the sequence's own text has."""
-        own = self._own.get(seq.seq_id)
-        if own is None:
-            own = self._own[seq.seq_id] = _OwnText(self.shortest)
-        places, matched = own.find(seq.tokens, self.longest)
+        """What the sequence's own text has, once it is read."""
+        own = self._own[seq.seq_id]
+        places, matched = own.find(seq.tokens, self.longest) if is_read(own, seq) else ([], 0)
         rows = np.full((len(places), self.depth), -1, np.int32)
         for row, place in zip(rows, places, strict=True):
             after = seq.tokens[place : place + self.depth]
@@ -138,15 +144,18 @@ class _OwnText:
 
     def __init__(self, n: int) -> None:
         self._n = n
-        self._read = n
+        self.num_read = n  # what is shorter has no n-gram with something behind it
         self._ends: dict[tuple[int, ...], list[int]] = {}
+
+    def read(self, tokens: list[int], end: int) -> None:
+        n = self._n
+        for place in range(self.num_read, end):  # the n-gram at the very end is what is looked up
+            self._ends.setdefault(tuple(tokens[place - n : place]), []).append(place)
+        self.num_read = max(self.num_read, end)
 
     def find(self, tokens: list[int], longest: int) -> tuple[list[int], int]:
         """The places behind the earlier occurrences that share the most last tokens, up to `longest`, and how many they share."""
         n = self._n
-        for end in range(self._read, len(tokens)):  # the n-gram at the very end is what is looked up
-            self._ends.setdefault(tuple(tokens[end - n : end]), []).append(end)
-        self._read = max(self._read, len(tokens))
         best: list[int] = []
         most = 0
         for end in reversed(self._ends.get(tuple(tokens[-n:]), [])[-OWN_PLACES:]):

@@ -3,9 +3,10 @@
 SuffixDecoding (Oliaro et al., "SuffixDecoding: Extreme Speculative Decoding for Emerging AI Applications", arXiv 2411.04975).
 Two places are searched: the sequence's own text (prompt and output), and the outputs of all sequences of the same salt, past
 and running, each behind the last tokens of its prompt; a prompt asked again word for word finds its answers before their first
-token. The continuations of the matches form a trie. A node's confidence is the share of its parent's matches that go its
-way (a match longer by a token counts twice) times how often a match of that length proved right. The nodes with the
-likeliest paths are drafted: a chain where the matches agree, a tree where they do not.
+token. While a long prompt is still being read only the second is searched. The continuations of the matches form a trie. A
+node's confidence is the share of its parent's matches that go its way (a match longer by a token counts twice) times how often
+a match of that length proved right. The nodes with the likeliest paths are drafted: a chain where the matches agree, a tree
+where they do not.
 
 It is not the paper's suffix tree: hash chains (engine/suffix_index.py) see the latest occurrences only, and the paper's
 count ratio and its limit of a draft to a multiple of the match are one number here.
@@ -32,6 +33,7 @@ from collections.abc import Sequence as Seq
 
 from engine.growth import NO_BRANCHES, Branches, forest_of, grow
 from engine.protocols import NO_SIGNALS, Observed, Siblings
+from engine.reading import is_read, read_on
 from engine.sequence import Sequence
 from engine.shared_state import SaltedStore
 from engine.suffix_index import LONGEST, Occurrence, SuffixIndex
@@ -72,24 +74,27 @@ class SuffixDrafter:
         return self._memory.num_bytes
 
     def draft(self, seqs: Seq[Sequence], budgets: Seq[int]) -> DraftForest:
+        self.read([seq for seq, budget in zip(seqs, budgets, strict=True) if budget > 0])
         trees = [self._tree(seq, budget) if budget > 0 else NO_BRANCHES for seq, budget in zip(seqs, budgets, strict=True)]
         return forest_of([seq.tokens[-1] for seq in seqs], trees, self.name)
 
     def observe(self, seqs: Seq[Sequence], forest: DraftForest, verdict: Verdict, signals: Observed) -> None:
-        """Take in what was committed up to now; this step's own tokens are read when they have been."""
+        """Learn the output up to now; this step's own tokens are learned when they have been committed."""
         for seq in seqs:
-            self._read(seq)
+            self._learn(self._reader(seq))
+
+    def read(self, seqs: Seq[Sequence]) -> None:
+        read_on((self._reader(seq), seq) for seq in seqs)
 
     def forget(self, seq_id: int) -> None:
         reader = self._readers.pop(seq_id, None)
-        if reader is not None:
+        if reader is not None and reader.seq.num_output:
             self._learn(reader)  # what the last step committed
 
-    def _read(self, seq: Sequence) -> _Reader:
+    def _reader(self, seq: Sequence) -> _Reader:
         reader = self._readers.get(seq.seq_id)
         if reader is None:
             reader = self._readers[seq.seq_id] = _Reader(seq)
-        self._learn(reader)
         return reader
 
     def _learn(self, reader: _Reader) -> None:
@@ -98,7 +103,8 @@ class SuffixDrafter:
             self._memory.settle(salt)
 
     def _tree(self, seq: Sequence, budget: int) -> Branches:
-        reader = self._read(seq)
+        reader = self._reader(seq)
+        self._learn(reader)
         found = reader.find(self._memory.get(seq.request.cache_salt), self.matches)
         if not found:
             return NO_BRANCHES
@@ -159,25 +165,33 @@ class _Reader:
         self._own.open()
         self._text = self._own.text(0)
         self._prompt = hash(tuple(seq.tokens[: seq.num_prompt]))
+        self._learned = 0  # tokens after which `learn` was last called
         self._written: SuffixIndex | None = None  # where the output goes, and as which text
         self._number = -1
         self._followed: list[Occurrence] = []  # shared occurrences that the last draft knew, as long as they hold
 
+    @property
+    def num_read(self) -> int:
+        return len(self._text)
+
+    def read(self, tokens: list[int], end: int) -> None:
+        """Into the own text."""
+        self._own.append(0, tokens[self.num_read : end])
+
     def learn(self, memory: _Memory) -> bool:
-        """Read the tokens committed since the last time; True if there were any."""
-        read, tokens = len(self._text), self.seq.tokens
-        if len(tokens) == read and read:
+        """Write the output committed since the last time to the memory; True if there may be any."""
+        tokens = self.seq.tokens
+        if len(tokens) == self._learned:
             return False
-        new = tokens[read:]
-        self._own.append(0, new)
-        self._followed = _advanced(self._followed, self._text[read:])
-        output = new if read else tokens[self.seq.num_prompt :]
+        output = tokens[max(self._learned, self.seq.num_prompt) :]
+        self._followed = _advanced(self._followed, array("i", output))
         memory.make_room()
         if self._written is not memory.young:
-            self._written = memory.young
             before = tokens[max(0, len(tokens) - len(output) - LONGEST) : len(tokens) - len(output)]
-            self._number = memory.young.open(before, self._prompt if not read else None)
+            self._number = memory.young.open(before, self._prompt if self._written is None else None)
+            self._written = memory.young
         memory.young.append(self._number, output)
+        self._learned = len(tokens)
         return True
 
     def find(self, memory: _Memory, most: int) -> list[Occurrence]:
@@ -188,9 +202,12 @@ class _Reader:
         if len(shared) < most:
             known = {(id(o.text), o.at) for o in shared}
             number = self._number if self._written is memory.young else -1
-            fresh = memory.young.find(self._text, most, number) or memory.old.find(self._text, most)
+            tail = array("i", self.seq.tokens[-LONGEST:])
+            fresh = memory.young.find(tail, most, number) or memory.old.find(tail, most)
             shared = (shared + [o for o in fresh if (id(o.text), o.at) not in known])[:most]
         self._followed = shared
+        if not is_read(self, self.seq):
+            return shared
         own = self._own.find(self._text, most)
         size = len(self._text)
         # A continuation that runs into the end of the own text goes on with itself.

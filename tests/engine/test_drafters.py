@@ -139,8 +139,9 @@ def test_ngram_reads_each_token_once() -> None:
     seq = sequence([rng.randrange(1000) for _ in range(4000)])
     seq.tokens = Counting(seq.tokens)
     drafter = NgramDrafter()
-    drafter.draft([seq], [8])
-    assert Counting.reads > 4000
+    for _ in range(2):  # portions
+        drafter.draft([seq], [8])
+    assert 4000 < Counting.reads < 5000
     Counting.reads = 0
     for _ in range(10):
         seq.tokens.append(rng.randrange(1000))
