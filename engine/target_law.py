@@ -95,8 +95,11 @@ class SequenceLaw:
         self._bias = torch.tensor(list(p.logit_bias.values()), dtype=torch.float32, device=device)
         self._allowed = None if p.allowed_token_ids is None else _ids(p.allowed_token_ids, device)
         self._bad_tokens = _ids({word[0] for word in p.bad_words if len(word) == 1}, device)
-        self._bad_words = [(word[:-1], word[-1]) for word in p.bad_words if len(word) > 1]
-        self._longest = max((len(rest) for rest, _ in self._bad_words), default=0)
+        self._bad_words: dict[int, list[tuple[list[int], int]]] = {}  # by the last token of the rest: the rest, the last token
+        for *rest, last in p.bad_words:
+            if rest:
+                self._bad_words.setdefault(rest[-1], []).append((rest, last))
+        self._longest = max((len(word) - 1 for word in p.bad_words), default=0)
         self._ends = _ids(set(p.stop_token_ids) | (frozenset() if p.ignore_eos else eos_ids), device)
         self._penalties = Penalties(seq) if _penalises(p) else None
 
@@ -123,10 +126,12 @@ class SequenceLaw:
     def _mask_bad_words(self, rows: Tensor, paths: list[list[int]]) -> None:
         if len(self._bad_tokens):
             rows[:, self._bad_tokens] = MASKED
+        if not self._bad_words:
+            return
         output = self.seq.tokens[max(self.seq.num_prompt, self.seq.num_tokens - self._longest) :]
         for i, path in enumerate(paths):
             history = output + path
-            for rest, last in self._bad_words:
+            for rest, last in self._bad_words.get(history[-1], ()) if history else ():
                 if history[-len(rest) :] == rest:
                     rows[i, last] = MASKED
 
