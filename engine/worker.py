@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 
 from engine import cost_store, deterministic, device_rules, registry
+from engine.block_table import BlockTable
 from engine.broadcast import CHECK_STEPS, Again, Drop, Ruling, Step, Trees, digest, tell
 from engine.config import EngineConfig
 from engine.corruption import NOT_FINITE, NOTHING_ALLOWED, is_usable, row_sums, unsound
@@ -287,7 +288,7 @@ class Worker:
         seqs = [self.seqs[row.seq_id] for row in plan.rows]
         for seq, row in zip(seqs, plan.rows, strict=True):
             if row.reset:
-                seq.block_ids = list(row.block_ids)
+                seq.block_ids = BlockTable(row.block_ids)
             else:
                 seq.block_ids.extend(row.block_ids)
             seq.num_computed = row.num_computed

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.block_table import arrays, joined
 from engine.models.batch import ForwardBatch
 from kernels import reference
 
@@ -102,8 +103,8 @@ def pages(batch: ForwardBatch, block_size: int) -> list[NDArray[np.int32]]:
     """For FlashInfer's `plan`: qo_indptr [B + 1], paged_kv_indptr [B + 1], paged_kv_indices, paged_kv_last_page_len [B]."""
     lens = np.array(batch.context_lens) + np.array(batch.num_rows)
     counts = -(-lens // block_size)
-    used = [block for table, count in zip(batch.block_tables, counts.tolist(), strict=True) for block in table[:count]]
-    parts = [np.cumsum([0, *batch.num_rows]), np.cumsum([0, *counts]), np.array(used), (lens - 1) % block_size + 1]
+    used = joined([ids[:count] for ids, count in zip(arrays(batch.block_tables), counts.tolist(), strict=True)])
+    parts = [np.cumsum([0, *batch.num_rows]), np.cumsum([0, *counts]), used, (lens - 1) % block_size + 1]
     return [part.astype(np.int32) for part in parts]
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.attention.trees import Int, paths_of, words_of
+from engine.block_table import stacked
 from engine.models.batch import ForwardBatch
 from engine.models.runner import Bucket
 from kernels.interpreter import interpreted
@@ -102,9 +103,7 @@ class TritonTables:
         roots[:count] = [rows if tree is None else 0 for rows, tree in zip(batch.num_rows, batch.ancestors, strict=True)]
         self._write_trees(batch, words, paths)
         self._small.copy_(torch.from_numpy(small), non_blocking=True)
-        used = np.zeros((count, max(map(len, batch.block_tables), default=0)), np.int32)
-        for table, blocks in zip(used, batch.block_tables, strict=True):
-            table[: len(blocks)] = blocks
+        used = stacked(batch.block_tables)
         # Contiguous to the device, and there to its place: a copy into a part of a table would wait for the device.
         there = torch.from_numpy(used).to(self._room.device, non_blocking=True)
         self._block_tables[:count, : used.shape[1]].copy_(there)

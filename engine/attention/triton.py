@@ -14,6 +14,7 @@ from torch import Tensor
 
 from engine.attention.recorded import TritonRoom
 from engine.attention.trees import Int, Trees
+from engine.block_table import stacked
 from engine.models.batch import ForwardBatch
 from engine.models.runner import Bucket
 from kernels.interpreter import interpreted
@@ -70,11 +71,8 @@ class TritonAttention:
         paths = np.zeros((total, trees.depth if with_paths else 0), np.int32)
         if branched:
             trees.write(batch, words, paths)
-        tables = np.zeros((len(batch.block_tables), max(map(len, batch.block_tables), default=0)), np.int32)
-        for table, blocks in zip(tables, batch.block_tables, strict=True):
-            table[: len(blocks)] = blocks
         parts = [
-            tables,
+            stacked(batch.block_tables),
             np.array([0, *np.cumsum(batch.num_rows)], np.int32),
             np.array(batch.context_lens, np.int32),
             trees.roots,

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.block_table import arrays, joined
 from engine.kv import KVCache
 from engine.models.batch import ForwardBatch
 from engine.models.config import ModelConfig
@@ -184,7 +185,7 @@ def _rows(batch: ForwardBatch) -> native.Rows:
         slots=index[2],
         first=np.array([*batch.first_rows, batch.num_tokens], dtype=np.int32),
         context=np.array(batch.context_lens, dtype=np.int32),
-        tables=np.array([block for table in tables for block in table], dtype=np.int32),
+        tables=joined(arrays(tables)),
         table_first=np.array(table_first[:-1], dtype=np.int32),
         trees=np.concatenate(masks).view(np.uint8) if masks else NO_TREES,
         tree_first=np.array(tree_first, dtype=np.int64),
