@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine import datastore, reading
+from engine.drafters.ngram import NgramDrafter
 from engine.drafting import Drafting
 from engine.protocols import Drafter, Observed, Reads
 from engine.reading import NEAR, PORTION
@@ -16,6 +17,9 @@ from engine.registry import make_drafter
 from engine.request import Request, SamplingParams, Speculation
 from engine.sequence import Sequence
 from engine.tree import DraftForest, Verdict
+from engine.worker import Worker
+from tests.engine.models import tiny
+from tests.engine.real import answers, load_worker, make_engine, request
 from tests.engine.test_drafting import Scripted, chains
 
 VOCAB = 50
@@ -171,3 +175,43 @@ def test_one_that_fails_to_read_costs_nothing_but_its_guess() -> None:
     drafting = Drafting([reader, next_one], VOCAB)
     drafting.read([sequence(1, 9)])
     assert next_one.texts == [[1]] and drafting.take_fallbacks() == {"raised": 1}
+
+
+# in an engine
+
+
+class Watched(NgramDrafter):
+    """Notes what was read of which sequence, while its prompt was computed and before the first draft."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log: list[tuple[str, int]] = []
+
+    def read(self, seqs: Seq[Sequence]) -> None:
+        super().read(seqs)
+        self.log += [(seq.request.request_id, self._indices[seq.seq_id].num_read) for seq in seqs]
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Worker:
+    path = tmp_path_factory.mktemp("model")
+    tiny.save(tiny.model(tiny.config("Llama", max_position_embeddings=256)), path)
+    return load_worker(path, block_size=8)
+
+
+def test_chunks_are_read_along_and_what_a_prefix_hit_skipped_is_caught_up(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "PORTION", 16)
+    monkeypatch.setattr(reading, "NEAR", 4)
+    prompt = [1 + i % 7 for i in range(120)]
+    asked = [request(name, prompt, max_tokens=40, temperature=0.0, ignore_eos=True) for name in ("computed", "cached")]
+    drafter = Watched()
+    plain = answers(make_engine(worker), asked[:1])["computed", 0].tokens
+    engine = make_engine(worker, [drafter], max_num_batched_tokens=16)
+    for one in asked:
+        assert answers(engine, [one])[one.request_id, 0].tokens == plain
+    read = {name: [count for named, count in drafter.log if named == name] for name in ("computed", "cached")}
+    assert read["computed"][:8] == [16, 32, 48, 64, 80, 96, 112, 120]
+    assert read["cached"][:7] == [16, 32, 48, 64, 80, 96, 112] and read["cached"][-1] > 120
+    assert engine.stats().num_draft_tokens > 0
