@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
+from collections import deque
 
 from engine.blocks import BlockPool, HashChain
 from engine.entry import Entry, Group
@@ -71,7 +72,7 @@ class Scheduler:
         self.pool = pool
         self.policy = policy
         self.recorder = recorder or StatsRecorder()
-        self.max_running = max_num_seqs
+        self.max_running = min(max_num_seqs, max_num_batched_tokens)  # a step has a token for each
         self.max_tokens_per_step = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.eos_ids = eos_ids
@@ -231,24 +232,29 @@ class Scheduler:
         return min(left // 2, int(self._drafts_asked * max(self._draft_use, 0.1)))
 
     def _take_chunks(self, limit: int) -> list[tuple[Entry, int]]:
-        """Prompt chunks of `limit` tokens in all, first come first served; admits who waits while there is room.
-
-        Nobody is admitted in a step that is full already, so there are never more running sequences than a step has tokens.
-        """
+        """Prompt chunks of `limit` tokens in all, first come first served; admits who waits while there is room."""
         chunks: list[tuple[Entry, int]] = []
-        for entry in self.running:
-            if limit and entry.seq.num_uncomputed > 1:
-                chunks.append((entry, min(limit, entry.seq.num_uncomputed)))
-                limit -= chunks[-1][1]
-        while limit and self.waiting:
-            entry = self.waiting[0]
-            matched = self._find_room(entry)
-            if matched is None:
-                break  # nobody overtakes the first in the order, so everyone's turn comes
-            self._admit(entry, matched)
+        reading = deque(entry for entry in self.running if entry.seq.num_uncomputed > 1)
+        while limit:
+            entry = self._admit_first(reading[0] if reading else None)
+            if entry is None:
+                if not reading:
+                    break
+                entry = reading.popleft()
             chunks.append((entry, min(limit, entry.seq.num_uncomputed)))
             limit -= chunks[-1][1]
         return chunks
+
+    def _admit_first(self, before: Entry | None) -> Entry | None:
+        """Admit the first who waits if there is room and its turn is `before` that one's, which runs already."""
+        if not self.waiting or (before is not None and before.key < self.waiting[0].key):
+            return None
+        entry = self.waiting[0]
+        matched = self._find_room(entry)
+        if matched is None:
+            return None  # nobody overtakes the first in the order, so everyone's turn comes
+        self._admit(entry, matched)
+        return entry
 
     def _find_room(self, entry: Entry) -> list[int] | None:
         """The cached blocks this waiting sequence would start from, or None while there is no room for all its tokens."""

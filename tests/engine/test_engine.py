@@ -134,6 +134,8 @@ class Schedules(RuleBasedStateMachine):
         assert all(entry.seq.block_ids for entry in self.engine.scheduler.running)
         assert not any(entry.seq.block_ids or entry.seq.num_computed for entry in self.engine.scheduler.waiting)
         assert len(self.engine.scheduler.running) <= min(self.limit, self.engine.info.max_num_seqs)
+        for entries in (self.engine.scheduler.running, self.engine.scheduler.waiting):
+            assert entries == sorted(entries, key=lambda entry: entry.key)
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

@@ -256,6 +256,47 @@ def test_a_better_priority_takes_the_place_of_a_worse_one_and_only_of_a_worse_on
     bench.drain().check_outputs()
 
 
+def test_a_better_priority_is_read_before_a_worse_prompt_that_was_begun() -> None:
+    bench = Bench(budget=0, max_num_batched_tokens=16, num_blocks=400, max_model_len=1600)
+    bench.add("long", 300, 2, priority=5)
+    bench.step()
+    bench.add("urgent", 20, 2, priority=0)
+    bench.add("equal", 20, 2, priority=5)
+    plans = [bench.step() for _ in range(2)]
+    rows = [[(request_id, row.num_new) for request_id, row in zip(bench.ids(plan), plan.rows, strict=True)] for plan in plans]
+    assert rows == [[("urgent", 16)], [("urgent", 4), ("long", 12)]]
+    assert (bench.running(), bench.waiting()) == (["urgent", "long"], ["equal"])
+    assert bench.engine.stats().preemptions == 0
+    bench.drain().check_outputs()
+
+
+def test_a_worse_prompt_goes_on_while_a_better_one_finds_no_room() -> None:
+    bench = Bench(budget=0, max_num_batched_tokens=20, num_blocks=20, max_model_len=80)
+    bench.add("first", 30, 9, priority=0, ignore_eos=True)
+    bench.add("worse", 30, 2, priority=5)
+    bench.step()
+    bench.step()
+    bench.add("large", 60, 2, priority=0)  # 15 blocks, "first" keeps 8 of 20
+    assert bench.ids(bench.step()) == ["first", "worse"]
+    assert (bench.running(), bench.waiting()) == (["first", "worse"], ["large"])
+    bench.drain().check_outputs()
+
+
+def test_better_priorities_take_the_places_of_worse_ones_however_small_the_step() -> None:
+    bench = Bench(budget=0, max_num_batched_tokens=3, max_num_seqs=8)
+    for i in range(3):
+        bench.add(f"bad{i}", 1, 20, priority=5, ignore_eos=True)
+    bench.step()
+    assert len(bench.running()) == 3  # each has a token of every step
+    for i in range(4):
+        bench.add(f"good{i}", 5, 20, priority=0, ignore_eos=True)
+    for _ in range(8):
+        bench.step()
+        assert len(bench.running()) <= 3
+    assert bench.running() == ["good0", "good1", "good2"]
+    bench.drain().check_outputs()
+
+
 def test_nobody_is_preempted_for_a_newcomer_that_would_not_fit_all_the_same() -> None:
     bench = Bench(budget=0, num_blocks=10, max_model_len=40, caching=False)
     bench.add("good", 20, 12, priority=0, ignore_eos=True)
