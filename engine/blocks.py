@@ -85,9 +85,17 @@ class BlockPool:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.block_size)
 
-    def num_free_among(self, block_ids: Iterable[int]) -> int:
-        """How many of these blocks nobody holds: sharing them takes that many off the free list."""
-        return sum(not self._refs[block] for block in block_ids)
+    def num_usable(self, matched: Iterable[int], tables: Iterable[Iterable[int]] = ()) -> int:
+        """Blocks for a sequence that shares `matched`: those, and all that are free once `tables` were given back.
+
+        A block that many hold counts once, and only if all of them are among `tables`.
+        """
+        usable = {block for block in matched if self._refs[block]}  # the others are on the free list
+        given: Counter[int] = Counter()
+        for table in tables:
+            given.update(table)
+        usable.update(block for block, count in given.items() if count == self._refs[block])
+        return len(self._free) + len(usable)
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks; ask `num_free` first. What was published in them is forgotten.

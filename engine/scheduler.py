@@ -15,6 +15,7 @@ from __future__ import annotations
 import time
 from bisect import insort
 from collections import deque
+from collections.abc import Collection
 
 from engine.blocks import BlockPool, HashChain
 from engine.entry import Entry, Group
@@ -188,8 +189,9 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None when there is nothing to do."""
-        self._make_way()
-        roots = [(entry, 1) for entry in self._grow_decoding()]
+        decoding = self._grow_decoding()
+        self._make_way()  # after they have grown, or they would grow into the room that was made
+        roots = [(entry, 1) for entry in decoding if entry.running]
         left = self.max_tokens_per_step - len(roots)
         limit = left - self._draft_reserve(left) if roots else left
         chunks = self._take_chunks(limit)
@@ -256,15 +258,19 @@ class Scheduler:
         self._admit(entry, matched)
         return entry
 
-    def _find_room(self, entry: Entry) -> list[int] | None:
-        """The cached blocks this waiting sequence would start from, or None while there is no room for all its tokens."""
-        if len(self.running) >= self.max_running:
+    def _find_room(self, entry: Entry, without: Collection[Entry] = ()) -> list[int] | None:
+        """The cached blocks this waiting sequence would start from, or None while there is no room for all its tokens.
+
+        `without`: running sequences that would have given way by then.
+        """
+        running = len(self.running) - len(without)
+        if running >= self.max_running:
             return None
         pool, seq = self.pool, entry.seq
         matched = pool.match(seq.tokens, entry.chain) if entry.prompt_logprobs is None else []
-        fresh = pool.blocks_for(seq.num_tokens) - len(matched)
+        usable = pool.num_usable(matched, [other.seq.block_ids for other in without])
         # One block stays back for each running sequence to grow into, or the newcomer would soon be thrown out again.
-        return matched if pool.num_free - pool.num_free_among(matched) - fresh >= len(self.running) else None
+        return matched if usable - pool.blocks_for(seq.num_tokens) >= running else None
 
     def _admit(self, entry: Entry, matched: list[int]) -> None:
         """Waiting -> running, with the blocks of all committed tokens."""
@@ -288,15 +294,18 @@ class Scheduler:
 
     def _make_way(self) -> None:
         """Preempt for the first who waits, but only those whose priority is worse, and only if that gives it room."""
-        while self.waiting and self.running and self.running[-1].key[0] > self.waiting[0].key[0]:
-            head = self.waiting[0]
+        if not self.waiting or not self.running or self.running[-1].key[0] <= self.waiting[0].key[0]:
+            return
+        head = self.waiting[0]
+        if sum(entry.seq.num_uncomputed for entry in self.running if entry.key < head.key) >= self.max_tokens_per_step:
+            return  # those before it have the whole step
+        worse = [entry for entry in self.running if entry.key[0] > head.key[0]]
+        if self._find_room(head) is not None or self._find_room(head, worse) is None:
+            return
+        for victim in reversed(worse):
+            self._preempt(victim)
             if self._find_room(head) is not None:
                 return
-            worse = [entry for entry in self.running if entry.key[0] > head.key[0]]
-            freed = self.pool.num_free + sum(len(entry.seq.block_ids) for entry in worse)
-            if freed - self.pool.blocks_for(head.seq.num_tokens) < len(self.running) - len(worse):
-                return
-            self._preempt(worse[-1])
 
     def _preempt(self, entry: Entry) -> None:
         """Running -> waiting in its old place; what was published of it may still be there when it comes back."""

@@ -144,13 +144,28 @@ def test_published_blocks_survive_their_sequence() -> None:
     assert pool.is_idle()
     found = match(pool, list(range(9)))
     assert found == seq.block_ids[:2]
-    assert pool.num_free_among(found) == 2
     pool.share(found)
     assert pool.num_used == 2
     pool.share(found)
-    assert pool.num_free_among(found) == 0
     pool.free(found)
     assert pool.num_used == 2
+
+
+def test_usable_are_free_blocks_shared_ones_and_those_that_nobody_else_holds() -> None:
+    pool = BlockPool(8, SIZE)
+    one, two, other = pool.allocate(2), pool.allocate(1), pool.allocate(1)
+    pool.share(one[:1])
+    two += one[:1]
+    assert pool.num_usable([]) == pool.num_free == 4
+    assert pool.num_usable(one[:1]) == 5  # held, and shared with whoever holds it
+    assert pool.num_usable([], [one]) == 5
+    assert pool.num_usable([], [two]) == 5
+    assert pool.num_usable([], [one, two]) == 7
+    assert pool.num_usable(one[:1], [one, two]) == 7  # counted once
+    assert pool.num_usable([one[0], other[0]], [one, two]) == 8
+    pool.free(one)
+    pool.free(two)
+    assert pool.num_usable([one[0], other[0]]) == 8  # one of them is free already
 
 
 def test_blocks_that_nobody_could_find_again_are_reused_first() -> None:

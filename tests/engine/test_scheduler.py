@@ -285,12 +285,12 @@ def test_a_worse_prompt_goes_on_while_a_better_one_finds_no_room() -> None:
 def test_better_priorities_take_the_places_of_worse_ones_however_small_the_step() -> None:
     bench = Bench(budget=0, max_num_batched_tokens=3, max_num_seqs=8)
     for i in range(3):
-        bench.add(f"bad{i}", 1, 20, priority=5, ignore_eos=True)
+        bench.add(f"bad{i}", 1, 40, priority=5, ignore_eos=True)
     bench.step()
     assert len(bench.running()) == 3  # each has a token of every step
     for i in range(4):
         bench.add(f"good{i}", 5, 20, priority=0, ignore_eos=True)
-    for _ in range(8):
+    for _ in range(12):
         bench.step()
         assert len(bench.running()) <= 3
     assert bench.running() == ["good0", "good1", "good2"]
@@ -305,6 +305,64 @@ def test_nobody_is_preempted_for_a_newcomer_that_would_not_fit_all_the_same() ->
     bench.add("large", 30, 2, priority=1)
     bench.step()
     assert bench.running() == ["good", "bad"]
+    bench.drain().check_outputs()
+
+
+def test_nobody_is_preempted_for_blocks_that_a_better_sequence_goes_on_sharing() -> None:
+    bench = Bench(budget=0, num_blocks=40, max_model_len=160, max_num_batched_tokens=200)
+    bench.add("old", 56, 100, priority=0, ignore_eos=True)
+    bench.step()
+    bench.add("many", 40, 40, n=4, priority=5, ignore_eos=True)  # 10 blocks that all four hold
+    for _ in range(6):
+        bench.step()
+    assert bench.running() == ["old"] + ["many"] * 4
+    bench.add("new", 110, 4, priority=0, ignore_eos=True)  # 28 blocks, and "old" leaves 24
+    bench.step()
+    assert bench.running() == ["old"] + ["many"] * 4
+    bench.engine.abort("old")
+    bench.step()
+    assert bench.running()[0] == "new"
+    del bench.requests["old"]
+    bench.drain().check_outputs()
+
+
+def test_a_newcomer_that_shares_most_of_its_prompt_needs_room_for_the_rest_only() -> None:
+    bench = Bench(budget=0, num_blocks=20, max_model_len=80)
+    good = bench.add("good", 40, 30, priority=0, ignore_eos=True)
+    bench.add("bad", 24, 30, priority=5, ignore_eos=True)
+    for _ in range(4):
+        bench.step()
+    bench.add("new", [*good.prompt_ids, *range(2, 10)], 3, priority=0, ignore_eos=True)  # 10 of its 12 blocks are there
+    bench.step()
+    assert (bench.running(), bench.waiting()) == (["good", "new"], ["bad"])
+    bench.drain().check_outputs()
+    assert bench.last("new").usage.cached_tokens == 40  # type: ignore[union-attr]
+
+
+def test_nobody_is_preempted_for_room_that_a_decoding_sequence_grows_into() -> None:
+    bench = Bench(budget=0, num_blocks=12, max_model_len=48)
+    bench.add("good", 8, 8, priority=0, ignore_eos=True)
+    bench.add("bad", 20, 8, priority=5, ignore_eos=True)
+    bench.step()
+    bench.add("new", 36, 2, priority=0)  # 9 blocks and one that stays back, but "good" takes its third in this step
+    bench.step()
+    assert bench.running() == ["good", "bad"]
+    bench.drain().check_outputs()
+
+
+def test_nobody_is_preempted_for_a_newcomer_whose_turn_has_not_come() -> None:
+    bench = Bench(budget=0, max_num_batched_tokens=16, max_num_seqs=2, num_blocks=400, max_model_len=1600)
+    bench.add("bad", 5, 400, priority=5, ignore_eos=True)
+    bench.step()
+    bench.add("good", 300, 2, priority=0)
+    bench.add("between", 5, 2, priority=1)
+    bench.step()
+    assert bench.running() == ["good", "bad"]
+    while bench.scheduler.running[0].seq.num_uncomputed >= 16:
+        bench.step()
+        assert bench.running() == ["good", "bad"]
+    bench.step()
+    assert (bench.running(), bench.waiting()) == (["good", "between"], ["bad"])
     bench.drain().check_outputs()
 
 
