@@ -63,6 +63,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.num_given_back = 0  # blocks that became free since the start
         self.reset()
 
     def reset(self) -> None:
@@ -127,6 +128,7 @@ class BlockPool:
             self._refs[block] -= 1
             if not self._refs[block]:
                 self._free[block] = None
+                self.num_given_back += 1
                 if self._digest[block] is None:
                     self._free.move_to_end(block, last=False)
 
@@ -145,6 +147,11 @@ class BlockPool:
                 break
             found.append(block)
         return found
+
+    def knows_more(self, tokens: Sequence[int], chain: HashChain, num_matched: int) -> bool:
+        """Whether `match`, which found this many blocks before, would find the next one now. O(1)."""
+        known = min((len(tokens) - 1) // self.block_size, len(chain.digests))  # match hashed the block that it did not find
+        return num_matched < known and chain.digests[num_matched] in self._by_digest
 
     def publish(self, seq: TokenSequence, chain: HashChain) -> None:
         """Make the blocks of `seq` findable that have filled with computed, committed tokens since the last call."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from engine.blocks import HashChain
 from engine.messages import SequenceUsage, TokenLogprobs
 from engine.protocols import Reason
@@ -58,3 +60,14 @@ class Group:
     @property
     def num_unborn(self) -> int:
         return self.request.n - self.next_index
+
+
+class Refusal(NamedTuple):
+    """The first who waits found no room: what it looked at, and what would have to happen before it looks again."""
+
+    seq_id: int
+    num_matched: int  # blocks of its prefix that were cached
+    until: int  # what the blocks given back since the start, less the running sequences, must come to
+
+
+NO_REFUSAL = Refusal(-1, 0, 0)

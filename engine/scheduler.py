@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Collection
 
 from engine.blocks import BlockPool, HashChain
-from engine.entry import Entry, Group
+from engine.entry import NO_REFUSAL, Entry, Group, Refusal
 from engine.messages import TokenDelta
 from engine.plan import NewSequence, Row, RowResult, StepPlan, StepResult
 from engine.protocols import Load, Policy, Reason
@@ -85,6 +85,7 @@ class Scheduler:
         self._num_unborn = 0
         self._removed: list[int] = []
         self._preempted: list[int] = []
+        self._refusals = [NO_REFUSAL, NO_REFUSAL]  # the last ones, as things are and if others had given way
         self._arrivals = 0
         self._next_seq_id = 0
         self._step = 0
@@ -264,13 +265,30 @@ class Scheduler:
         `without`: running sequences that would have given way by then.
         """
         running = len(self.running) - len(without)
-        if running >= self.max_running:
+        if running >= self.max_running or self._refused_still(entry, bool(without)):
             return None
         pool, seq = self.pool, entry.seq
         matched = pool.match(seq.tokens, entry.chain) if entry.prompt_logprobs is None else []
         usable = pool.num_usable(matched, [other.seq.block_ids for other in without])
         # One block stays back for each running sequence to grow into, or the newcomer would soon be thrown out again.
-        return matched if usable - pool.blocks_for(seq.num_tokens) >= running else None
+        missing = pool.blocks_for(seq.num_tokens) + running - usable
+        if missing <= 0:
+            return matched
+        self._refusals[bool(without)] = Refusal(seq.seq_id, len(matched), pool.num_given_back - len(self.running) + missing)
+        return None
+
+    def _refused_still(self, entry: Entry, after_others: bool) -> bool:
+        """Whether this sequence was refused and nothing that counts has changed, so that its prefix need not be looked up.
+
+        Room comes from blocks that are given back, from sequences that end (each had one block kept back), and
+        from a longer cached prefix. All else only takes room.
+        """
+        refusal, pool = self._refusals[after_others], self.pool
+        return (
+            refusal.seq_id == entry.seq.seq_id
+            and pool.num_given_back - len(self.running) < refusal.until
+            and not pool.knows_more(entry.seq.tokens, entry.chain, refusal.num_matched)
+        )
 
     def _admit(self, entry: Entry, matched: list[int]) -> None:
         """Waiting -> running, with the blocks of all committed tokens."""

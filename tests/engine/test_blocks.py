@@ -70,6 +70,31 @@ def test_a_match_is_full_blocks_and_leaves_a_token_to_compute(length: int, found
     assert match(pool, list(range(length))) == seq.block_ids[:found]
 
 
+@pytest.mark.parametrize("length", [8, 9, 12, 13])
+def test_it_is_known_without_a_walk_whether_a_match_has_grown(length: int) -> None:
+    pool = BlockPool(16, SIZE)
+    tokens = list(range(length))
+    computed(pool, tokens[:4])
+    chain = HashChain("", SIZE)
+    assert len(pool.match(tokens, chain)) == 1
+    assert not pool.knows_more(tokens, chain, 1)
+    computed(pool, tokens)
+    grown = len(pool.match(tokens, chain))
+    assert pool.knows_more(tokens, chain, 1) == (grown > 1)
+    assert not pool.knows_more(tokens, chain, grown)
+    assert not BlockPool(16, SIZE, enable_prefix_caching=False).knows_more(tokens, HashChain("", SIZE), 0)
+
+
+def test_what_is_given_back_is_counted_when_the_last_holder_lets_go() -> None:
+    pool = BlockPool(4, SIZE)
+    blocks = pool.allocate(3)
+    pool.share(blocks[:1])
+    pool.free(blocks)
+    assert pool.num_given_back == 2
+    pool.free(blocks[:1])
+    assert pool.num_given_back == 3
+
+
 def test_only_computed_committed_tokens_are_published() -> None:
     pool = BlockPool(16, SIZE)
     seq = Sequence(0, make_request(prompt=list(range(12))))

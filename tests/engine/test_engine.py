@@ -136,6 +136,18 @@ class Schedules(RuleBasedStateMachine):
         assert len(self.engine.scheduler.running) <= min(self.limit, self.engine.info.max_num_seqs)
         for entries in (self.engine.scheduler.running, self.engine.scheduler.waiting):
             assert entries == sorted(entries, key=lambda entry: entry.key)
+        self.see_room()
+
+    def see_room(self) -> None:
+        """Who waits first is not refused when there is room for it."""
+        scheduler, pool = self.engine.scheduler, self.engine.pool
+        if not scheduler.waiting or len(scheduler.running) >= min(self.limit, self.engine.info.max_num_seqs):
+            return
+        head = scheduler.waiting[0]
+        matched = pool.match(head.seq.tokens, head.chain) if head.prompt_logprobs is None else []
+        held = {block for entry in scheduler.running for block in entry.seq.block_ids}
+        room = pool.num_blocks - len(held.difference(matched)) - pool.blocks_for(head.seq.num_tokens)
+        assert (scheduler._find_room(head) is not None) == (room >= len(scheduler.running))
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

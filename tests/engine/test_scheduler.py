@@ -426,6 +426,37 @@ def test_a_newcomer_leaves_a_block_for_each_running_sequence_to_grow_into() -> N
     bench.drain().check_outputs()
 
 
+@pytest.mark.parametrize("priority", [0, 5])
+def test_the_prefix_of_one_without_room_is_not_looked_up_at_every_step(priority: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(budget=0, num_blocks=100, max_model_len=400, max_num_batched_tokens=400)
+    first = bench.add("a", 100, 60, ignore_eos=True)
+    bench.add("b", 100, 60, priority=priority, ignore_eos=True)
+    bench.step()
+    bench.step()
+    looked_up: list[int] = []
+    match = bench.engine.pool.match
+    monkeypatch.setattr(bench.engine.pool, "match", lambda *args: looked_up.append(1) or match(*args))
+    tail = make_request("tail", 296).prompt_ids
+    bench.add("large", [*first.prompt_ids, *tail], 2)  # of 99 blocks 25 are there; "b" too leaves 73 of the others
+    for _ in range(40):
+        bench.step()
+    assert bench.waiting() == ["large"]
+    assert len(looked_up) <= 2
+    bench.drain().check_outputs()
+    assert bench.last("large").usage.cached_tokens == 100  # type: ignore[union-attr]
+
+
+def test_one_without_room_gets_it_when_its_prefix_becomes_known() -> None:
+    bench = Bench(budget=0, num_blocks=20, max_model_len=80)
+    first = bench.add("a", 40, 30, ignore_eos=True)
+    bench.add("b", [*first.prompt_ids, *range(2, 10)], 2)  # 12 blocks, of which 10 are there after this step
+    bench.step()
+    assert (bench.running(), bench.waiting()) == (["a"], ["b"])
+    bench.step()
+    assert (bench.running(), bench.waiting()) == (["a", "b"], [])
+    bench.drain().check_outputs()
+
+
 def test_what_a_sequence_computes_again_can_be_found_again() -> None:
     bench = Bench(budget=0, num_blocks=8, max_model_len=32)
     first = bench.add("a", 16, 4, priority=1, ignore_eos=True)
