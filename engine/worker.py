@@ -378,13 +378,13 @@ class Worker:
     def prompt_rows(
         self, plan: StepPlan, seqs: list[Sequence], batch: ForwardBatch
     ) -> Iterator[tuple[int, int, int, torch.Tensor]]:
-        """The fed prompt rows whose logits are asked for, some at a time.
+        """The fed prompt rows whose logits are asked for, some at a time; not those of a prompt that is computed again.
 
         Index of the sequence, their positions begin ... end - 1, and which rows of the batch they are.
         """
         for i, (seq, row, first) in enumerate(zip(seqs, plan.rows, batch.first_rows, strict=True)):
             last = min(row.num_computed + row.num_new, seq.num_prompt - 1)  # the row of the last prompt token predicts output
-            if seq.params.prompt_logprobs is None:
+            if seq.params.prompt_logprobs is None or seq.num_output:  # they went out with its first tokens
                 continue
             for begin in range(row.num_computed, last, PROMPT_LOGPROB_ROWS):
                 end = min(begin + PROMPT_LOGPROB_ROWS, last)

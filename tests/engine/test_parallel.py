@@ -111,6 +111,20 @@ def test_logprobs_of_answers_and_prompts(pair: pairs.Pair, worker: Worker) -> No
             assert np.allclose([v for _, v in a.top], [v for _, v in b.top], atol=1e-4)
 
 
+def test_prompt_logprobs_before_a_preemption(worker: Worker) -> None:
+    """They are not computed again, on no rank: one that did would wait for the others for good."""
+    asked = [
+        request(f"r{i}", list(range(3, 60 + i)), max_tokens=20, ignore_eos=True, prompt_logprobs=0, seed=i) for i in range(3)
+    ]
+    expected = answers(make_engine(worker), asked)
+    engine = make_engine(worker, num_blocks=18, enable_prefix_caching=False)
+    found = answers(engine, asked)
+    assert engine.stats().preemptions > 0
+    for key, answer in expected.items():
+        assert found[key].tokens == answer.tokens
+        assert len(found[key].prompt_logprobs or []) == 57 + int(key[0][1:])
+
+
 def test_what_a_step_costs_is_measured_over_all_ranks_and_leaves_nothing(
     worker: Worker, requests: list[Request], alone: Tokens
 ) -> None:

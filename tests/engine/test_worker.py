@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,30 @@ def test_a_prompt_chunk_is_not_judged_and_the_last_one_is(worker: Worker) -> Non
     worker.step(StepPlan(3, [], [Row(0, len(PROMPT), 1, 0, [], False)], []))
     worker.step(StepPlan(4, [], [], [0]))
     assert not worker.seqs
+
+
+def test_prompt_logprobs_are_computed_once_though_the_prompt_is_computed_again(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = request("a", PROMPT, max_tokens=14, temperature=0.0, ignore_eos=True, prompt_logprobs=1)
+    other = request("first", PROMPT[1:], max_tokens=16, temperature=0.0, ignore_eos=True, priority=-1)
+    alone = answers(make_engine(worker), [one])
+    counts: list[int] = []
+    real = worker.prompt_rows
+
+    def counted(*args: Any) -> Iterator[tuple[int, int, int, torch.Tensor]]:
+        for i, begin, end, rows in real(*args):
+            counts.append(len(rows))
+            yield i, begin, end, rows
+
+    monkeypatch.setattr(worker, "prompt_rows", counted)
+    engine = make_engine(worker, num_blocks=5, enable_prefix_caching=False)
+    found = answers(engine, [other, one])
+    usage = found["a", 0].usage
+    assert usage is not None and usage.preemptions
+    assert sum(counts) == len(one.prompt_ids) - 1
+    assert found["a", 0].tokens == alone["a", 0].tokens
+    assert len(found["a", 0].prompt_logprobs or []) == len(one.prompt_ids)
 
 
 def test_logits_that_are_not_finite_end_one_request_only(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
