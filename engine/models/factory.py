@@ -74,7 +74,7 @@ def _weights(
     if has_kernels(device):
         return iter_packed(config.model, model, dtype, device, part)
     if model.quantization is None:
-        return iter_weights(config.model, model, part=part)
+        return iter_weights(config.model, model, dtype, part)
     other = device.type == "cpu" and dtype != torch.bfloat16
     advice = ": the native kernels, for bfloat16, multiply with four and eight bits" if other else ""
     name = str(dtype).removeprefix("torch.")

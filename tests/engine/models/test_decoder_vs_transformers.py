@@ -10,7 +10,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from engine.config import EngineConfig
 from engine.models.decoder import Decoder
+from engine.models.factory import load_model
 from engine.models.loader import iter_weights, load_config
 from tests.engine.models import tiny
 from tests.engine.models.dense import Context, Rows, own_greedy, step
@@ -47,6 +49,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
+
+
+def served(path: Path, dtype: torch.dtype) -> Decoder:
+    """As `load`, but by the way that a server goes."""
+    made = load_model(EngineConfig(model=str(path), cpu_kernels="torch"), load_config(str(path)), dtype, CPU)
+    assert isinstance(made, Decoder)
+    return made
 
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -126,6 +135,17 @@ def test_from_gguf(family: str, tmp_path: Path) -> None:
     assert close(decoder.logits(hidden).view(2, 12, -1), made(input_ids=prompts, use_cache=False).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_gguf_file_is_rounded_once_and_to_the_dtype_that_was_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
+    made = tiny.model(tiny.config("Qwen2"))
+    decoder = served(tiny.write_gguf(made, tmp_path / "tiny.gguf", gguf.GGMLQuantizationType.F32), dtype)
+    assert torch.equal(decoder.embedding, made.model.embed_tokens.weight.to(dtype))
+    if dtype == torch.float32:
+        prompts = texts(2, 12)
+        hidden, _ = step(decoder, [Context(), Context()], [Rows.chain(p.tolist()) for p in prompts])
+        assert close(decoder.logits(hidden).view(2, 12, -1), made(input_ids=prompts, use_cache=False).logits)
+
+
 def test_the_fallback_serves_through_the_engine(tmp_path: Path) -> None:
     """Another family, and one of ours forced through transformers: the same paged attention, the same tokens."""
     phi = tiny.model(tiny.config("Phi"))
@@ -139,15 +159,24 @@ def test_the_fallback_serves_through_the_engine(tmp_path: Path) -> None:
         assert [found[str(i), 0].tokens for i in range(3)] == [own_greedy(made, p, 16) for p in prompts]
 
 
-def test_smollm2(smollm2_dir: Path, smollm2_gguf: Path) -> None:
-    """A real model: our decoder on its 4-bit file, transformers on the converted directory, all logits of a prompt."""
+@pytest.mark.parametrize("rounded", [True, False])
+def test_smollm2(rounded: bool, smollm2_dir: Path, smollm2_gguf: Path) -> None:
+    """A real model, all logits of a prompt: our decoder on its 4-bit file, transformers on the converted directory, and on that
+    with the weights in float32, which the directory holds rounded to bfloat16."""
     from transformers import AutoModelForCausalLM
 
+    config = load_config(str(smollm2_gguf))
     theirs = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype=torch.float32).eval().requires_grad_(False)
+    if not rounded:
+        whole = dict(iter_weights(str(smollm2_gguf), config, torch.float32))
+        assert theirs.load_state_dict(whole, strict=False) == (["lm_head.weight"], [])  # which is tied
+        del whole
     prompt = Tokenizer.from_file(str(smollm2_dir / "tokenizer.json")).encode("The three primary colours are").ids
     own = theirs(input_ids=torch.tensor([prompt])).logits[0]
     del theirs
-    config = load_config(str(smollm2_gguf))
-    decoder = Decoder(config, iter_weights(str(smollm2_gguf), config), torch.float32, CPU)
+    if rounded:
+        decoder = Decoder(config, iter_weights(str(smollm2_gguf), config), torch.float32, CPU)
+    else:
+        decoder = served(smollm2_gguf, torch.float32)
     hidden, _ = step(decoder, [Context()], [Rows.chain(prompt)])
     assert close(decoder.logits(hidden), own)
