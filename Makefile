@@ -41,8 +41,9 @@ $(INSTALLED): pyproject.toml constraints.txt Makefile | $(BIN)/python
 serve: install
 	$(BIN)/outrider serve $(ARGS)
 
-# The test models are built once from files that are already installed, and kept in .models/.
-$(MODELS): tests/models.py tests/hf_export.py tests/sentencepiece.py tests/engine/models/tiny.py $(INSTALLED)
+# The test models are built once from files that are already installed, and kept in .models/. They hold what the server reads.
+READERS := engine/gguf_file.py engine/models/gguf.py engine/models/dequant.py server/tokenizer_files.py server/gguf_tokenizer.py
+$(MODELS): tests/models.py tests/hf_export.py tests/sentencepiece.py tests/engine/models/tiny.py $(READERS) $(INSTALLED)
 	$(BIN)/python -m tests.models
 	@touch $@
 

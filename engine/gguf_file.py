@@ -64,6 +64,14 @@ TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     41: ("Q1_0", 128, 18),
 }
 
+CONTROL = 3  # a value of tokenizer.ggml.token_type
+# Metadata have room for three ids, and converters fill in one, where generation_config.json lists several. By these names
+# llama.cpp finds the others.
+_END_NAMES = {
+    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"),
+    *("<EOT>", "_<EOT>", "<|end_of_text|>", "<end_of_utterance>"),
+}
+
 
 class GGUFTensor(NamedTuple):
     """Where one tensor lies. `shape` is row-major as in numpy and torch (GGUF itself stores it reversed)."""
@@ -127,6 +135,21 @@ class GGUFFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def end_token_ids(file: GGUFFile) -> list[int]:
+    """The ids that end an answer: those that the metadata name, then the control tokens that are called so.
+
+    Raises ValueError when one of the keys has an unexpected type.
+    """
+    named = [int(file.field(f"tokenizer.ggml.{role}_token_id", int, -1)) for role in ("eos", "eot", "eom")]
+    tokens = file.field("tokenizer.ggml.tokens", list, [])
+    kinds = file.field("tokenizer.ggml.token_type", list, [])
+    called = [i for i, (token, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == CONTROL and token in _END_NAMES]
+    found = {i: tokens[i] if 0 <= i < len(tokens) else "" for i in [*named, *called] if i >= 0}
+    # In the harmony format <|end|> ends a message, and an answer has several.
+    harmony = {"<|return|>", "<|call|>"} <= set(found.values())
+    return [i for i, text in found.items() if not (harmony and text == "<|end|>")]
 
 
 class _Scanner:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Tokenizer, processors
 
-from engine.gguf_file import GGUFFile
+from engine.gguf_file import GGUFFile, end_token_ids
 from server import gguf_tokenizer
 
 _BOS_BY_CONFIG = ("LlamaTokenizer", "CodeLlamaTokenizer", "GemmaTokenizer")  # classes that obey add_bos_token
@@ -41,7 +41,7 @@ def _from_gguf(path: Path) -> Parts:
         roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
         special = {role: tokens[name(key)] for role, key in roles.items() if 0 <= name(key) < len(tokens)}
         template = file.field("tokenizer.chat_template", str, "")
-        return Parts(tokenizer, template or None, special, [name(role) for role in ("eos", "eot", "eom")])
+        return Parts(tokenizer, template or None, special, end_token_ids(file))
 
 
 def _from_directory(path: Path) -> Parts:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.gguf_file import GGUFFile, GGUFTensor
+from engine.gguf_file import GGUFFile, GGUFTensor, end_token_ids
 from engine.models.config import MAX_LAYERS, ModelConfig, check_shape
 from engine.models.dequant import dequantize
 from engine.models.quantized import BLOCK_TYPES, Blocks
@@ -99,8 +99,8 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         attention_out_bias="blk.0.attn_output.bias" in names,
         mlp_bias="blk.0.ffn_gate.bias" in names,
         qk_norm="blk.0.attn_q_norm.weight" in names,
-        eos_token_ids=get.tokens("eos_token_id", "eot_token_id", "eom_token_id"),
-        bos_token_id=next(iter(get.tokens("bos_token_id")), None),
+        eos_token_ids=get.tokens(end_token_ids(file)),
+        bos_token_id=next(iter(get.tokens([file.field("tokenizer.ggml.bos_token_id", int, -1)])), None),
         dtype="bfloat16",
     )
     problem = check_shape(config)
@@ -210,10 +210,9 @@ class _Metadata:
         count = len(listed) if isinstance(listed, list) and listed else None
         return self.integer("vocab_size", count)
 
-    def tokens(self, *keys: str) -> tuple[int, ...]:
+    def tokens(self, ids: list[int]) -> tuple[int, ...]:
         """Special token ids; those outside the vocabulary are dropped, the model can never emit them."""
-        found = [self.file.field(f"tokenizer.ggml.{key}", int, -1) for key in keys]
-        return tuple(dict.fromkeys(i for i in found if 0 <= i < self.vocab_size()))
+        return tuple(i for i in ids if 0 <= i < self.vocab_size())
 
     def rope_scaling(self) -> dict[str, object] | None:
         kind = self.file.field(f"{self.prefix}.rope.scaling.type", str, "none")

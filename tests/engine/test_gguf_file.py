@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.gguf_file import TENSOR_TYPES, GGUFFile
+from engine.gguf_file import TENSOR_TYPES, GGUFFile, end_token_ids
 from tests.gguf_writer import gguf, string, value
 
 F32, Q8_0 = 0, 8
@@ -123,6 +123,26 @@ def test_a_missing_file_and_a_folder_are_os_errors(tmp_path: Path) -> None:
         GGUFFile(tmp_path / "none.gguf")
     with pytest.raises(IsADirectoryError):
         GGUFFile(tmp_path)
+
+
+def test_the_tokens_that_end_an_answer(tmp_path: Path) -> None:
+    """Those that the keys name, whatever they are called, and control tokens by their names, whatever the keys say."""
+    names = ["x", "<|im_end|>", "<|endoftext|>", "</s>", "<EOT>", "<|end|>", "<|return|>", "<|im_start|>", "<|call|>"]
+    kinds = [1, 3, 3, 3, 1, 3, 3, 3, 4]
+
+    def ends(kinds: list[int], **keys: int) -> list[int]:
+        ids = {f"tokenizer.ggml.{key}_token_id": token for key, token in keys.items()}
+        data = gguf({"tokenizer.ggml.tokens": names, "tokenizer.ggml.token_type": kinds} | ids)
+        with GGUFFile(write(tmp_path, data)) as file:
+            return end_token_ids(file)
+
+    assert ends(kinds, eos=1) == [1, 2, 5, 6]  # <EOT> is no control token here, and neither is <|call|>
+    assert ends(kinds, eos=3, eot=1, eom=0) == [3, 1, 0, 2, 5, 6]
+    assert ends(kinds, bos=2) == [1, 2, 5, 6]  # that an answer may begin with it does not matter
+    assert ends([1] * 9, eos=1, eot=1, eom=-1) == [1]
+    assert ends([3], eos=77) == [77]  # whether the model has such a token its config knows
+    # With <|return|> and <|call|>, <|end|> is where one of several messages ends.
+    assert ends([*kinds[:8], 3], eos=6) == [6, 1, 2, 8]
 
 
 def test_it_agrees_with_the_gguf_package(smollm2_gguf: Path) -> None:

@@ -16,6 +16,7 @@ import transformers
 from engine.gguf_file import GGUFFile
 from engine.models.gguf import gguf_config, hf_name
 from engine.models.loader import iter_weights, load_config
+from server.tokenizer import Tokenizer
 from tests.engine.models import tiny
 from tests.hf_export import write_hf
 
@@ -177,6 +178,17 @@ def test_missing_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
     made.state_dict = lambda: {k: v[:32] if "layers.1.mlp.up_proj" in k else v for k, v in whole.items()}
     with pytest.raises(ValueError, match=r"tensor blk\.1\.ffn_up\.weight has shape \(32, 64\), the model needs \(96, 64\)"):
         read(tiny.write_gguf(made, tmp_path / "b.gguf"))
+
+
+def test_both_processes_end_answers_where_the_model_does(tmp_path: Path) -> None:
+    """As in Qwen2.5's files: eos_token_id names <|im_end|>, generation_config.json, which they lack, <|endoftext|> too."""
+    words = [*(chr(ord("a") + i % 26) * (1 + i // 26) for i in range(90)), "<|im_end|>", "<|endoftext|>", *"ABCD"]
+    made, path = tiny.model(tiny.config("Qwen2")), tmp_path / "model.gguf"
+    tiny.write_gguf(made, path, tokens=words, special=[90, 91], eos=90)
+    assert load_config(str(path)).eos_token_ids == (90, 91)
+    assert Tokenizer.load(path).eos_ids == {90, 91}
+    tiny.write_gguf(made, path, eos=96)
+    assert load_config(str(path)).eos_token_ids == ()  # the model cannot emit it
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_q", "blk.x.attn_q.weight", "token_embd.bias", "blk.0.0.weight", "", "blk.1.2"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,12 @@ def write_gguf(
     extra: dict[str, np.ndarray] | None = None,
     fields: dict[str, Any] | None = None,
     tokens: list[str] | None = None,
+    special: Sequence[int] = (),
+    eos: int = 2,
 ) -> Path:
     """The model as a GGUF file: matrices as `kind`, vectors as float32. `fields` are further keys of the architecture.
 
-    With `tokens` it has a byte-level vocabulary of these, without merges.
+    With `tokens` it has a byte-level vocabulary of these, without merges, those of `special` as control tokens.
     """
     hf = made.config
     architecture = "llama" if hf.model_type == "mistral" else hf.model_type
@@ -114,12 +117,13 @@ def write_gguf(
     writer.add_rope_freq_base(hf.rope_parameters["rope_theta"])
     writer.add_vocab_size(hf.vocab_size)
     writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    writer.add_eos_token_id(eos)
     if tokens:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre("default")
         writer.add_token_list(tokens)
-        writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
+        types = gguf.TokenType
+        writer.add_token_types([types.CONTROL if i in special else types.NORMAL for i in range(len(tokens))])
         writer.add_token_merges(["a a"])
     for key, value in (fields or {}).items():
         add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
