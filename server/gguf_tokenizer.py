@@ -70,7 +70,8 @@ def build(file: GGUFFile) -> Tokenizer:
         else:
             raise ValueError(f"{file.path.name}: tokenizers of kind {kind!r} are not supported (only gpt2 and llama)")
         _add_tokens(tokenizer, tokens, file.field("tokenizer.ggml.token_type", list, []))
-        _add_bos(tokenizer, file, tokens, default=kind == "llama")
+        # Where a file does not say, its kind does: SentencePiece's put it there, and so does Llama 3's byte-level one.
+        _add_bos(tokenizer, file, tokens, default=kind == "llama" or _pre_tokenizer(file) is _llama3)
     except ValueError:
         raise
     except Exception as error:  # the tokenizers library raises bare Exceptions
@@ -80,11 +81,15 @@ def build(file: GGUFFile) -> Tokenizer:
     return tokenizer
 
 
-def _byte_level(file: GGUFFile, vocab: dict[str, int]) -> Tokenizer:
+def _pre_tokenizer(file: GGUFFile) -> Callable[[], pre_tokenizers.PreTokenizer]:
     name = file.field("tokenizer.ggml.pre", str, "default")
     if name not in _PRE_TOKENIZERS:
         raise ValueError(f"{file.path.name}: the pre-tokenizer {name!r} is not supported (only {', '.join(_PRE_TOKENIZERS)})")
-    pre = _PRE_TOKENIZERS[name]
+    return _PRE_TOKENIZERS[name]
+
+
+def _byte_level(file: GGUFFile, vocab: dict[str, int]) -> Tokenizer:
+    pre = _pre_tokenizer(file)
     merges = [tuple(merge.split(" ", 1)) for merge in file.field("tokenizer.ggml.merges", list)]
     if not all(len(merge) == 2 for merge in merges):
         raise ValueError(f"{file.path.name}: a merge is not a pair")

@@ -136,6 +136,30 @@ def test_pre_tokenizers_split_as_their_models_were_trained(tmp_path: Path, pre: 
 
 
 @pytest.mark.parametrize(
+    ("pre", "said", "ids"),
+    [
+        *(("llama-bpe", None, [2, 0]), ("llama3", None, [2, 0]), ("llama-v3", True, [2, 0]), ("llama-bpe", False, [0])),
+        *(("gpt-2", None, [0]), ("qwen2", None, [0]), ("qwen2", True, [2, 0])),
+    ],
+)
+def test_a_gguf_file_of_llama_3_need_not_say_that_it_begins_with_bos(
+    tmp_path: Path, pre: str, said: bool | None, ids: list[int]
+) -> None:
+    fields: dict[str, Any] = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": ["a", "b", "<|begin_of_text|>", "aa"],
+        "tokenizer.ggml.token_type": [1, 1, 3, 1],
+        "tokenizer.ggml.merges": ["a a"],
+        "tokenizer.ggml.bos_token_id": 2,
+    }
+    (tmp_path / "x.gguf").write_bytes(gguf(fields if said is None else fields | {"tokenizer.ggml.add_bos_token": said}))
+    tokenizer = Tokenizer.load(tmp_path / "x.gguf")
+    assert tokenizer.encode("a") == ids
+    assert tokenizer.encode("a", add_special_tokens=False) == [0]
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"tokenizer.ggml.model": "t5"}, "kind 't5'"),
