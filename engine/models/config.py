@@ -119,7 +119,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
             dtype=_dtype(config),
         )
         quantization, quantization_problem = read_quantization(config)
-        problem = quantization_problem or _foreign(made) or rope_problem or window_problem
+        unequal = "sizes per layer" if config.get("per_layer_config") else None
+        problem = quantization_problem or _foreign(made) or unequal or rope_problem or window_problem
         return msgspec.structs.replace(made, quantization=quantization, unsupported=problem)
 
 

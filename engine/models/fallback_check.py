@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from engine.models.config import ModelConfig
 from engine.models.decoder import Attend
-from engine.models.foreign import hf_config
+from engine.models.foreign import UNEQUAL, hf_config, unequal_layers
 
 # inspect(module, query, key, value, mask, other keyword arguments): sees every attention call of the trial
 Inspect = Callable[[nn.Module, Tensor, Tensor, Tensor, Tensor | None, dict[str, Any]], None]
@@ -66,6 +66,8 @@ def _problem(hf: PreTrainedConfig) -> str | None:
         return "not a causal language model"
     if hf.get_text_config() is not hf:
         return "more than a language model (text is only one of its parts)"
+    if unequal_layers(hf):
+        return UNEQUAL
     if getattr(hf, "quantization_config", None):
         return QUANTIZED
     kinds = sorted(set(getattr(hf, "layer_types", None) or ()))

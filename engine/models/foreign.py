@@ -16,22 +16,31 @@ _STANDARD = (
     "max_position_embeddings",
 )
 
+UNEQUAL = "its layers are not of one size"
+
 
 def hf_config(path: Path) -> PreTrainedConfig:
     """What transformers makes of a model directory. Raises ValueError when it does not know the model; never runs its code."""
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{path}: transformers does not know this model: {error}") from error
+
+
+def unequal_layers(config: PreTrainedConfig) -> bool:
+    """Whether sizes are given per layer, as Gemma 4's head size is. Asked for one of them, the config raises RuntimeError."""
+    return bool(getattr(config.get_text_config(), "is_heterogeneous", False))
 
 
 def standard_config(path: Path) -> dict[str, Any]:
     """Like config.json, for ModelConfig.from_hf: GPT-2's `n_embd` is also `hidden_size`, and so on.
 
-    Raises ValueError when transformers does not know the model or it has no attention.
+    Raises ValueError when transformers does not know the model, it has no attention, or its layers differ in size.
     """
     config = hf_config(path)
     values: dict[str, Any] = config.to_dict()
+    if unequal_layers(config):
+        raise ValueError(f"{path}: models of type {config.model_type} cannot be served: {UNEQUAL}")
     text = config.get_text_config()
     if getattr(text, "num_attention_heads", None) is None:
         raise ValueError(f"{path}: models of type {config.model_type} cannot be served: they do not work by attention")

@@ -178,6 +178,17 @@ def test_what_would_give_other_answers_is_refused(family: str, changes: dict[str
     assert words in str(refusal.value)
 
 
+@pytest.mark.parametrize("family", ["Gemma4Text", "Llama"])
+def test_sizes_per_layer_are_refused_before_any_weight_is_read(family: str, tmp_path: Path) -> None:
+    """transformers raises for every such size that is asked for; Gemma 4's heads are wider on the layers without a window."""
+    config = tiny.config(family)
+    if family == "Llama":  # any config.json may have them
+        config = tiny.config(family, per_layer_config={0: {"rms_norm_eps": 0.5}})
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"models of type {config.model_type} cannot be served: its layers are not of one size"):
+        load(tmp_path)
+
+
 class Tampered(FallbackModel):
     """What a model looks like that mixes tokens in a way without a name."""
 
