@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Container, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -31,10 +33,14 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 LEAST_FLOAT8 = (8, 9)  # compute capability
 # A mapped file's touched pages count as resident until it is unmapped, so it is opened anew after this many bytes.
 _MAPPED_BYTES = 64 << 20
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_config(path: str) -> ModelConfig:
-    """The config of a Hugging Face directory or a .gguf file. Raises ValueError when there is none or it is invalid."""
+    """The config of a Hugging Face directory or a .gguf file. Raises ValueError when there is none or it is invalid.
+
+    A head that is not the embedding that config.json says it is makes the config one of a model with a head of its own.
+    """
     place = Path(path)
     if place.is_dir():
         generation = place / "generation_config.json"
@@ -43,7 +49,11 @@ def load_config(path: str) -> ModelConfig:
             from engine.models.foreign import standard_config  # imports transformers: most of a second
 
             config = standard_config(place)
-        return ModelConfig.from_hf(config, read_json(generation) if generation.exists() else None)
+        made = ModelConfig.from_hf(config, read_json(generation) if generation.exists() else None)
+        if made.tie_word_embeddings and is_native(config) and _has_own_head(place):
+            logger.warning("%s: config.json says that %s is the embedding; it is another matrix, and is used", place, _HEAD)
+            made = msgspec.structs.replace(made, tie_word_embeddings=False)
+        return made
     with _open_gguf(place) as file:
         return gguf_config(file)
 
@@ -135,6 +145,35 @@ class _Unpacked:
                 "%d quantized matrices, %s first, are unpacked to %s: no kernel here multiplies with them exactly as they are",
                 *(self._count, self._first, self._dtype),
             )
+
+
+def _has_own_head(folder: Path) -> bool:
+    """Whether the files hold a head that is not a copy of the embedding: transformers 5 believes them, not the config.
+
+    Files that are not there or cannot be read say nothing here. They are an error once weights are read.
+    """
+    held: dict[str, _Shard] = {}
+    try:
+        for shard in _shards(folder):
+            held |= dict.fromkeys({_EMBEDDING, _HEAD} & shard.names(), shard)
+        return len(held) == 2 and not _equal(held[_EMBEDDING], held[_HEAD])
+    except (ValueError, ArithmeticError, LookupError, SafetensorError):
+        return False
+
+
+def _equal(embedding: _Shard, head: _Shard) -> bool:
+    """Compared in pieces: neither matrix is ever whole in memory."""
+    with embedding.open() as one, head.open() as other:
+        shape = one.get_slice(_EMBEDDING).get_shape()
+        if shape != other.get_slice(_HEAD).get_shape():
+            return False
+    step = max(_MAPPED_BYTES // (4 * prod(shape[1:])), 1)
+    for first in range(0, shape[0], step):
+        with embedding.open() as one, head.open() as other:
+            rows = one.get_slice(_EMBEDDING)[first : first + step]
+            if not torch.equal(rows, other.get_slice(_HEAD)[first : first + step].to(rows.dtype)):
+                return False
+    return True
 
 
 def _check_supported(path: str, config: ModelConfig) -> None:
@@ -231,6 +270,12 @@ class _Shard:
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{self.path} is not a whole safetensors file: {error}") from None
 
+    def names(self) -> set[str]:
+        if self.listed is not None:
+            return self.listed
+        with self.open() as file:
+            return set(file.keys())
+
     def read(self, part: Sharding | None, quantized: Mapping[str, Container[str]]) -> Iterator[tuple[str, Tensor]]:
         """What is quantized comes whole: of these modules the tensors whose names end so."""
         left = list(reversed(self.wanted.items()))
@@ -270,7 +315,7 @@ def _check_header(shard: _Shard, stored: dict[str, Stored], config: ModelConfig)
 
 def _ignored(name: str, config: ModelConfig) -> bool:
     """What some checkpoints carry besides weights: a copy of the tied embedding, the rotary tables of old transformers."""
-    return (name == "lm_head.weight" and config.tie_word_embeddings) or name.endswith(".rotary_emb.inv_freq")
+    return (name == _HEAD and config.tie_word_embeddings) or name.endswith(".rotary_emb.inv_freq")
 
 
 def _shards(folder: Path) -> list[_Shard]:

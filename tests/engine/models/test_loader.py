@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from engine.models import loader
@@ -76,6 +77,41 @@ def test_the_copy_of_a_tied_head_and_old_rotary_tables_are_left_out(tmp_path: Pa
     plain = read(folder)
     edit(folder, add)
     assert read(folder).keys() == plain.keys()
+
+
+@pytest.mark.parametrize("shard", ["50MB", "30KB"])
+@pytest.mark.parametrize("row", [0, 50, 95])
+def test_a_head_of_its_own_is_used_whatever_the_config_says(
+    row: int, shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As in transformers: a copy of the embedding is one, and another matrix, if only by a row, is not."""
+    monkeypatch.setattr(loader, "_MAPPED_BYTES", 10_000)  # compared in pieces
+    made = tiny.model(tiny.config("Llama"))
+    made.lm_head.weight.copy_(made.model.embed_tokens.weight)
+    folder = tiny.save(made, tmp_path, max_shard_size=shard)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert load_config(str(folder)).tie_word_embeddings
+    assert "lm_head.weight" not in read(folder)
+    assert not caplog.records
+    made.lm_head.weight[row] += 1
+    made.save_pretrained(folder, max_shard_size=shard)
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert not load_config(str(folder)).tie_word_embeddings
+    assert "it is another matrix" in caplog.text
+    assert torch.equal(read(folder)["lm_head.weight"], theirs.lm_head.weight)
+    assert torch.equal(read(folder)["model.embed_tokens.weight"], theirs.model.embed_tokens.weight)
+
+
+def test_a_tied_config_needs_no_files(tmp_path: Path) -> None:
+    """Before they are downloaded `--check` reads the config; damage is told when the weights are read."""
+    folder = tiny.save(tiny.model(tiny.config("Llama", tie_word_embeddings=True)), tmp_path)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:9])
+    assert load_config(str(folder)).tie_word_embeddings
+    file.unlink()
+    assert load_config(str(folder)).tie_word_embeddings
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
