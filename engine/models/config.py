@@ -157,10 +157,31 @@ def _architecture(config: dict[str, Any]) -> str:
 
 
 def _rope(get: _Reader, length: int) -> tuple[float, dict[str, Any] | None, str | None]:
-    """Base, scaling and what is wrong with them. transformers 5 writes `rope_parameters`, transformers 4 two keys."""
-    given = get.values.get("rope_parameters") or get.values.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"config.json: the rotary parameters must be an object, got {given!r}")
+    """Base, scaling and what is wrong with them. transformers 5 writes `rope_parameters`, transformers 4 two keys.
+
+    Of both transformers takes `rope_scaling` alone, which people add to a file to serve longer texts. Raises ValueError
+    where something that the other says would be lost.
+    """
+    new, old = (get.values.get(key) or {} for key in ("rope_parameters", "rope_scaling"))
+    for given in (new, old):
+        if not isinstance(given, dict):
+            raise ValueError(f"config.json: the rotary parameters must be an object, got {given!r}")
+    found, other = (_rope_of(get, given, length) for given in (old or new, new or old))
+    plain = (found[0], None, None)
+    if other not in (found, plain):
+        raise ValueError(
+            f"config.json: rope_scaling and rope_parameters disagree ({_in_words(found)}; {_in_words(other)});"
+            " put what is wanted into rope_parameters and remove rope_scaling"
+        )
+    return found
+
+
+def _in_words(rope: tuple[float, dict[str, Any] | None, str | None]) -> str:
+    theta, scaling, problem = rope
+    return f"rope_theta {theta:g}, {problem or scaling or 'no scaling'}"
+
+
+def _rope_of(get: _Reader, given: dict[str, Any], length: int) -> tuple[float, dict[str, Any] | None, str | None]:
     theta = _Reader({"rope_theta": given.get("rope_theta", get.values.get("rope_theta"))}).number("rope_theta", 10000.0)
     kind = given.get("rope_type", given.get("type", "default"))
     partial = given.get("partial_rotary_factor", get.values.get("partial_rotary_factor"))

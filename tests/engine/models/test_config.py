@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -97,6 +98,44 @@ def test_rotary_scaling_in_the_form_of_either_transformers(kind: str, form: str)
     assert config.supported
     assert config.rope_theta == 5e5
     assert config.rope_scaling == {"rope_type": kind, **numbers}
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": YARN},
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {**YARN, "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": YARN, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_theta": 5e5, **YARN}, "rope_scaling": {**YARN, "type": "yarn"}, "rope_theta": 5e5},
+        {"rope_parameters": {"rope_theta": 5e5, **YARN}, "rope_scaling": {}},
+        {"rope_parameters": {"rope_theta": 5e5, **YARN}, "rope_scaling": None, "rope_theta": 1e6},
+    ],
+)
+def test_rope_scaling_beside_rope_parameters_is_what_transformers_takes(given: dict[str, Any]) -> None:
+    import transformers
+
+    written = minimal("Llama", **given)
+    known = transformers.AutoConfig.for_model(**json.loads(json.dumps(written))).rope_parameters
+    config = ModelConfig.from_hf(written)
+    assert config.supported
+    assert (config.rope_theta, config.rope_scaling) == (known["rope_theta"], YARN)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": YARN},  # transformers would go on with a base of 10,000
+        {"rope_parameters": {"rope_theta": 1e4, **YARN}, "rope_scaling": {**YARN, "factor": 2.0}},
+        {"rope_parameters": {"rope_theta": 1e4, **YARN}, "rope_scaling": {"rope_type": "default"}},
+        {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}, "rope_scaling": YARN},
+    ],
+)
+def test_rope_scaling_that_contradicts_rope_parameters_is_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="rope_scaling and rope_parameters disagree"):
+        ModelConfig.from_hf(minimal("Llama", **given))
 
 
 def test_original_length_may_stand_beside_the_scaling() -> None:
