@@ -54,14 +54,14 @@ def check_checkpoint(path: Path, config: ModelConfig) -> None:
     if not path.is_dir():
         raise ValueError(f"{path}: {config.unsupported or 'only Hugging Face directories run through transformers'}")
     hf = hf_config(path)
-    problem = _problem(hf)
+    problem = _problem(hf, config)
     if problem == QUANTIZED and config.unsupported is not None:
         problem = f"{problem}, {config.unsupported}"
     if problem:
         raise ValueError(f"{path}: models of type {hf.model_type} cannot be served: {problem}")
 
 
-def _problem(hf: PreTrainedConfig) -> str | None:
+def _problem(hf: PreTrainedConfig, config: ModelConfig) -> str | None:
     if type(hf) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(hf, "is_encoder_decoder", False):
         return "not a causal language model"
     if hf.get_text_config() is not hf:
@@ -73,6 +73,9 @@ def _problem(hf: PreTrainedConfig) -> str | None:
     kinds = sorted(set(getattr(hf, "layer_types", None) or ()))
     if len(kinds) > 1 or (kinds and kinds[0] not in ("full_attention", "sliding_attention")):
         return "layers of different kinds: " + ", ".join(kinds)
+    if kinds == ["sliding_attention"] and config.sliding_window is None:
+        # Some models (SmolLM3) then have the window in their masks alone, and the texts of the trial are shorter than any window.
+        return "layers with a sliding window that its config switches off"
     rope = getattr(hf, "rope_parameters", None) or {}
     nested = [v for v in rope.values() if isinstance(v, dict)]
     used = {str(r.get("rope_type", r.get("type", "default"))) for r in nested or [rope]}

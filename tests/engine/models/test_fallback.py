@@ -153,6 +153,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("Gemma2", {"head_dim": 16}, "layers of different kinds: full_attention, sliding_attention"),
     ("GptOss", {"head_dim": 16, "num_local_experts": 4, "layer_types": FULL}, "attention sinks"),
     ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of different kinds: conv, full_attention"),
+    (
+        "SmolLM3",  # whose masks have the window nevertheless
+        {"layer_types": ["sliding_attention"] * 2, "sliding_window": 9, "use_sliding_window": False},
+        "a sliding window that its config switches off",
+    ),
     ("Jamba", {"num_experts": 2}, "layers of different kinds"),
     ("Mamba", {"state_size": 4}, "do not work by attention"),
     (
