@@ -10,9 +10,9 @@ from collections.abc import Callable
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from engine.gguf_file import GGUFFile
+from engine.gguf_file import CONTROL, GGUFFile
 
-_CONTROL, _USER_DEFINED = 3, 4  # token types
+_UNKNOWN, _USER_DEFINED = 2, 4  # token types
 _MARK = "\u2581"  # SentencePiece's visible space
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -128,9 +128,9 @@ def _sentencepiece(file: GGUFFile, vocab: dict[str, int]) -> Tokenizer:
 
 
 def _add_tokens(tokenizer: Tokenizer, tokens: list[str], types: list[int]) -> None:
-    """Control tokens are special; user-defined ones are found whole in text but are text."""
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
-        names = [t for t, found in zip(tokens, types, strict=False) if found == kind and t]
+    """Control tokens and what stands for the unknown are special; user-defined ones are found whole in text but are text."""
+    for kinds, special in (((CONTROL, _UNKNOWN), True), ((_USER_DEFINED,), False)):
+        names = [t for t, found in zip(tokens, types, strict=False) if found in kinds and t]
         added = [AddedToken(name, special=special, normalized=False) for name in names]
         if special:
             tokenizer.add_special_tokens(added)

@@ -94,13 +94,16 @@ def test_a_sentencepiece_gguf_tokenizes_as_its_tokenizer_json(tiny: Tokenizer, t
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
+        "tokenizer.chat_template": "{{ bos_token }}{{ messages[-1]['content'] }}",
     }
     (tmp_path / "x.gguf").write_bytes(gguf(fields))
     ours = Tokenizer.load(tmp_path / "x.gguf")
-    for text in [*TEXTS, *prompts.PROMPTS]:
+    for text in [*TEXTS, *prompts.PROMPTS, "a <unk> b", "<s>a</s>"]:
         assert ours.encode(text) == tiny.encode(text)
         assert ours.decode(ours.encode(text)) == tiny.decode(ours.encode(text))
-    assert ours.eos_ids == {2}
+    assert (ours.eos_ids, ours.special_ids) == ({2}, tiny.special_ids)
+    written = [{"role": "user", "content": "a <unk> b"}]
+    assert ours.render_chat_ids(written) == tiny.render_chat_ids(written)
 
 
 @pytest.mark.parametrize(
