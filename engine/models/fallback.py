@@ -113,7 +113,10 @@ def _load(path: str, dtype: torch.dtype) -> PreTrainedModel:
             path, dtype=dtype, attn_implementation=ATTENTION, output_loading_info=True, **options
         )
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path}: transformers cannot load this model: {error}") from error
+        why: object = error
+        if isinstance(error, KeyError) and error.args == (ATTENTION,):  # looked up in a table of the model's own
+            why = "its code has no interface for another attention than its own"
+        raise ValueError(f"{path}: transformers cannot load this model: {why}") from error
     broken = sorted(map(str, report.get("missing_keys") or ())) or sorted(map(str, report.get("mismatched_keys") or ()))
     if broken:  # transformers would go on with random numbers in their place
         raise ValueError(f"{path}: tensor {broken[0]} is missing or has the wrong shape ({len(broken)} in all)")

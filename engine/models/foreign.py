@@ -24,7 +24,10 @@ def hf_config(path: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: transformers does not know this model: {error}") from error
+        why = str(error).partition("\n")[0]  # then comes advice on the versions of transformers
+        if "trust_remote_code" in str(error):  # transformers says to pass it
+            why = "it needs the code that comes with it, and such code is never run here"
+        raise ValueError(f"{path}: transformers does not know this model: {why}") from error
 
 
 def unequal_layers(config: PreTrainedConfig) -> bool:

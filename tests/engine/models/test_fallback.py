@@ -168,7 +168,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("Bloom", {"n_head": 4}, "only 0 of 2 layers attend"),
     ("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 2}, "cannot be served"),
     ("StableLm", {}, "does not hand keyword arguments down"),
-    ("GPTJ", {**GPT, "rotary_dim": 8}, "cannot load this model"),
+    ("GPTJ", {**GPT, "rotary_dim": 8}, "cannot load this model: its code has no interface for another attention"),
+    ("Falcon", {}, "cannot load this model: its code has no interface for another attention"),
     ("Olmo2", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic', which depends on"),
     ("Llama", {"hidden_act": "gelu", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'"),
     ("Bert", {"is_decoder": False}, "not causal"),
@@ -254,8 +255,9 @@ def test_code_that_comes_with_a_checkpoint_is_not_run(tmp_path: Path) -> None:
     config = (path / "config.json").read_text().replace('"model_type": "phi"', '"model_type": "evil"')
     config = config.replace("{", '{"auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.C"},', 1)
     (path / "config.json").write_text(config)
-    with pytest.raises(ValueError, match="does not know this model"):
+    with pytest.raises(ValueError, match="does not know this model: it needs the code that comes with it") as refusal:
         load(path)
+    assert "trust_remote_code" not in str(refusal.value)  # which there is no way to pass
     assert not trap.exists()
     # of a family that transformers knows, its own class is taken
     (path / "config.json").write_text(config.replace('"model_type": "evil"', '"model_type": "phi"'))
