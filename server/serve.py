@@ -74,7 +74,7 @@ class Server:
         serving = asyncio.create_task(http.serve(sockets=[sock]))
         stop = asyncio.create_task(self.signalled.wait())
         try:
-            await _first(self._come_up(sock), stop, serving)
+            await _first(self._come_up(sock, front), stop, serving)
             await _first(self.client.wait_failed(), stop, serving)
             if stop.done():
                 await self._drain(front)
@@ -100,10 +100,11 @@ class Server:
         _return_memory()
         return HttpServer(app), app.state.frontend
 
-    async def _come_up(self, sock: socket.socket) -> None:
+    async def _come_up(self, sock: socket.socket, front: Frontend) -> None:
         from server.http import url
 
         infos = await self.client.wait_ready()
+        compare_vocabularies(front.tokenizer.vocab_size, infos[0])
         self.announce(ready_line(url(sock), self.config.served_model_name or "", *infos))
 
     def _on_signal(self) -> None:
@@ -140,6 +141,15 @@ async def _first(coroutine: Coroutine[Any, Any, None], *others: asyncio.Task[Any
             finished.result()
     finally:
         task.cancel()
+
+
+def compare_vocabularies(tokens: int, info: EngineInfo) -> None:
+    """Tell the operator now what clients would find out one by one. The other way round is usual: matrices are padded."""
+    more = tokens - info.vocab_size
+    if more > 0:
+        what = "a token" if more == 1 else f"{more} tokens"
+        told = "the tokenizer knows %s that the model lacks (from id %d on): a prompt that holds one is refused"
+        logger.warning(told, what, info.vocab_size)
 
 
 def ready_line(address: str, name: str, *infos: EngineInfo) -> str:

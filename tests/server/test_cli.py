@@ -16,7 +16,7 @@ import pytest
 from engine.messages import EngineInfo
 from server import cli, resolve
 from server.http import bind, url
-from server.serve import ready_line
+from server.serve import compare_vocabularies, ready_line
 from tests.fakes import fake_info
 
 
@@ -166,6 +166,16 @@ def test_the_ready_line_says_what_an_operator_wants_to_know() -> None:
     assert "LOSSY" in ready_line("u", "m", fake_info(lossless=False))
     assert "weights=" not in line
     assert " weights=(AWQ, 4 bits) " in ready_line("u", "m", fake_info(quantization="AWQ, 4 bits"))
+
+
+def test_a_tokenizer_larger_than_the_model_is_told_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    info = fake_info(vocab_size=100)
+    for fits in (100, 90):
+        compare_vocabularies(fits, info)
+    assert not caplog.records
+    compare_vocabularies(103, info)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the tokenizer knows 3 tokens that the model lacks (from id 100 on)" in caplog.text
 
 
 def test_the_ready_line_tells_engines_apart_where_they_differ() -> None:
