@@ -114,6 +114,19 @@ def test_a_tied_config_needs_no_files(tmp_path: Path) -> None:
     assert load_config(str(folder)).tie_word_embeddings
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool])
+@pytest.mark.parametrize("shape", [(96, 64), (96, 0), ()])
+def test_heads_that_cannot_be_compared_are_refused_with_the_weights(
+    dtype: torch.dtype, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    folder = tiny.save(tiny.model(tiny.config("Llama", tie_word_embeddings=True)), tmp_path)
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    edit(folder, lambda tensors: tensors.update({name: torch.zeros(shape).to(dtype) for name in names}))
+    load_config(str(folder))
+    with pytest.raises(ValueError, match=r"tensor (model\.embed_tokens|lm_head)\.weight has"):
+        read(folder)
+
+
 Q = "model.layers.1.self_attn.q_proj.weight"
 
 
