@@ -74,6 +74,7 @@ def compare(row: torch.Tensor, token: int, found: TokenLogprobs) -> None:
     assert found.top[0][1] == pytest.approx(float(row.max()), abs=TOLERANCE)
 
 
+@pytest.mark.timeout(480)  # 3,200 steps of one row: 90 seconds on one quiet core, twice that among neighbours
 @pytest.mark.parametrize("at_a_time", [1, 16])
 def test_greedy_tokens_and_logprobs(at_a_time: int, worker: Worker, theirs: Any, prompts: list[list[int]]) -> None:
     assert len(prompts) == NUM_PROMPTS

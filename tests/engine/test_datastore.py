@@ -144,7 +144,7 @@ def test_files_that_will_not_do(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vocabulary of 8 tokens, the model has 7"):
         Datastore(path, 7)
     assert Datastore(path, 9).header.fingerprint == FINGERPRINT
-    with pytest.raises(OSError, match="absent"):
+    with pytest.raises(ValueError, match="absent: No such file"):
         Datastore(tmp_path / "absent")
 
 
