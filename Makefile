@@ -51,7 +51,7 @@ $(MODELS): tests/models.py tests/hf_export.py tests/sentencepiece.py tests/engin
 test test-long test-deploy: export OMP_NUM_THREADS := 1
 
 test: $(MODELS)
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: $(MODELS)
 	$(BIN)/python -m pytest -m long $(ARGS)

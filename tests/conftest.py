@@ -44,7 +44,8 @@ def no_network() -> Any:
         yield
 
 
-# Minutes each, one after the other on the worker that has the file: to begin with, so that the others' work lies beside it.
+# Minutes each, on the one worker that has the file: they come first, so that everything else lies beside them (xdist itself would
+# begin with the files of many tests, and end with one worker in one of these: hence --no-loadscope-reorder).
 LONG_FILES = ("test_against_transformers.py", "test_invisible.py")
 
 
