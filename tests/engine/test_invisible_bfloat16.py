@@ -19,7 +19,7 @@ from tests.engine.test_invisible import assert_same, make_requests
 DRAFTERS = ["prediction", "ngram"]
 
 
-@pytest.fixture(scope="module", params=["native", "torch"])
+@pytest.fixture(scope="module", params=["native", pytest.param("torch", marks=pytest.mark.long)])
 def worker(request: pytest.FixtureRequest, smollm2_dir: Path) -> Worker:
     if request.param == "native":
         try:
