@@ -19,8 +19,10 @@ from engine.tree import DraftForest
 SLACK = 0.03  # of the best that does not look
 LENGTHS = (1, 2, 4, 8, 16)
 GRID = [
-    (machine, load) for machine in (hardware.GPU_STAIRS, hardware.SMALL, hardware.SMALL_STAIRS) for load in (1, 8, 32)
-]  # fmt: skip
+    *((machine, load) for machine in (hardware.GPU_STAIRS, hardware.SMALL, hardware.SMALL_STAIRS) for load in (1, 8)),
+    (hardware.SMALL_STAIRS, 32),
+    *(pytest.param(machine, 32, marks=pytest.mark.long) for machine in (hardware.GPU_STAIRS, hardware.SMALL)),
+]
 
 
 @cache

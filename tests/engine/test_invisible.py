@@ -105,7 +105,12 @@ def assert_same(found: dict[tuple[str, int], Answer], alone: dict[tuple[str, int
                     assert [token for token, _ in one.top] == [token for token, _ in other.top], key
 
 
-@pytest.mark.parametrize("name", ["ngram", "prediction", "both", "garbage", "oracle"])
+LONG = pytest.mark.long  # in a batch and after preemption these two are of every run
+
+
+@pytest.mark.parametrize(
+    "name", ["ngram", "prediction", pytest.param("both", marks=LONG), pytest.param("garbage", marks=LONG), "oracle"]
+)
 def test_alone_with_drafts(name: str, worker: Worker, requests: list[Request], alone: dict[tuple[str, int], Answer]) -> None:
     """Batch of one: every request by itself, speculating."""
     drafted = 0
