@@ -27,14 +27,20 @@ async def app(scope: Any, receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": body})
 
 
-@pytest.fixture
-async def port() -> AsyncIterator[int]:
+@asynccontextmanager
+async def serving(app: Any) -> AsyncIterator[int]:
     with bind("127.0.0.1", 0) as sock:
         server = HttpServer(app)
-        serving = asyncio.create_task(server.serve(sockets=[sock]))
+        task = asyncio.create_task(server.serve(sockets=[sock]))
         yield sock.getsockname()[1]
         server.should_exit = True
-        await serving
+        await task
+
+
+@pytest.fixture
+async def port() -> AsyncIterator[int]:
+    async with serving(app) as port:
+        yield port
 
 
 async def exchange(port: int, *chunks: bytes) -> bytes:
@@ -163,16 +169,6 @@ class Waiting:
         while (await receive())["type"] != "http.disconnect":
             pass
         self.left.set()
-
-
-@asynccontextmanager
-async def serving(app: Any) -> AsyncIterator[int]:
-    with bind("127.0.0.1", 0) as sock:
-        server = HttpServer(app)
-        task = asyncio.create_task(server.serve(sockets=[sock]))
-        yield sock.getsockname()[1]
-        server.should_exit = True
-        await task
 
 
 UPGRADE = b"connection: Upgrade, HTTP2-Settings\r\nupgrade: h2c\r\nhttp2-settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
