@@ -58,7 +58,7 @@ class Server:
     async def serve(self, sock: socket.socket) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, and shells for what they start in the background
+            if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # ignored: nohup wants it so
                 loop.add_signal_handler(number, self._on_signal)
         try:
             await self.client.start()  # loads the model while we import the app and read the tokenizer
